@@ -1,0 +1,89 @@
+"""Train states on disk, with Orbax."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ppo_jax.types import TrainState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit the run; the message names the first array that differs."""
+
+
+class Checkpointer:
+    """Saves train states by step, keeps the newest few, and finds the newest again.
+
+    A save is durable when `save` returns: it is written beside the others and renamed, so that a kill at any moment leaves
+    the earlier steps whole and this one absent.
+    """
+
+    def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:
+        """Opens a folder, and makes it if need be; what an interrupted save left there is removed."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+    def save(self, state: TrainState) -> None:
+        """Saves under `state.step`; a step that is there already is left as it is."""
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(_to_tree(state)))
+            self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """The newest saved step, None when there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest saved state, placed as `like` is.
+
+        Args:
+            like: a state of the same shapes, dtypes and shardings; arrays or `jax.ShapeDtypeStruct`s.
+
+        Raises:
+            CheckpointError: nothing is saved, or an array is missing, left over, or of another shape or dtype.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"checkpoint: nothing is saved in {self._manager.directory}")
+        tree = _to_tree(like)
+        _check_same(self._manager.item_metadata(step), tree, f"{self._manager.directory}/{step}")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+        return _from_tree(self._manager.restore(step, args=ocp.args.StandardRestore(abstract)), like)
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+
+def _to_tree(state: TrainState) -> dict[str, Any]:
+    fields = {name: getattr(state, name) for name in ("step", "params", "opt_state", "kl_coef")}
+    return fields | {"key_data": jax.random.key_data(state.key)}
+
+
+def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
+    fields = dict(tree)
+    key = jax.random.wrap_key_data(fields.pop("key_data"), impl=jax.random.key_impl(like.key))
+    return TrainState(key=jax.device_put(key, like.key.sharding), **fields)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    def name(path: Any) -> str:
+        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_same(saved: Any, expected: Any, where: str) -> None:
+    """Orbax casts a wrong dtype silently and names no parameter on a wrong shape; this does neither."""
+    saved_leaves, expected_leaves = _leaves(saved), _leaves(expected)
+    for name in sorted(saved_leaves.keys() | expected_leaves.keys()):
+        old, new = saved_leaves.get(name), expected_leaves.get(name)
+        old_kind = "nothing" if old is None else f"{old.dtype}{list(old.shape)}"
+        new_kind = "nothing" if new is None else f"{new.dtype}{list(new.shape)}"
+        if old_kind != new_kind:
+            raise CheckpointError(f"checkpoint: {where}: {name}: got {old_kind}, expected {new_kind}")

@@ -1,0 +1,189 @@
+"""`config.json` to `ModelConfig` and back. What a key would change and we cannot compute is an error, never ignored.
+
+Every key is one of four: it sets a field (`Family.keys`), it must have a value that we compute (`Family.only`, `ONLY`), it
+is known to change no logit (`Family.irrelevant`, `IRRELEVANT`), or it is unknown. Unknown keys that are null, false or
+empty are options that are switched off; any other is refused by name.
+"""
+
+import json
+import math
+import pathlib
+import reprlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ppo_jax.hub.errors import HubError
+from ppo_jax.hub.families import ACTIVATIONS, FAMILIES, REQUIRED, Family, Key, family_that_holds
+from ppo_jax.models.config import ModelConfig
+
+ONLY: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_causal": (True,)}
+)
+"""Keys of every family, with the values that we can compute."""
+
+IRRELEVANT = frozenset(
+    # what the file is, and for whom
+    "model_type architectures transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash "
+    "_attn_implementation _attn_implementation_autoset _from_model_config transformers.js_config unsloth_version "
+    "unsloth_fixed tokenizer_class "
+    # how it is run and what is returned
+    "use_cache output_hidden_states output_attentions return_dict torchscript use_bfloat16 is_decoder "
+    "gradient_checkpointing chunk_size_feed_forward "
+    # tokens and generation
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id task_specific_params prefix "
+    "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
+    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences "
+    "encoder_no_repeat_ngram_size bad_words_ids output_scores return_dict_in_generate forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    # classification heads, which a causal language model has not
+    "id2label label2id num_labels _num_labels problem_type finetuning_task".split()
+)
+"""Keys of every family that change no logit."""
+
+_ROPE = ("rope_scaling", "rope_parameters")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        HubError: the file is missing, unreadable, or holds anything else.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except FileNotFoundError:
+        raise HubError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise HubError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise HubError(f"{path}: got {reprlib.repr(value)}, expected a JSON object")
+    return value
+
+
+def read_family(raw: Mapping[str, Any], where: object) -> Family:
+    """The family that `model_type` names.
+
+    Raises:
+        HubError: an unknown one, with the list of those that are known.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise HubError(f"{where}: model_type {reprlib.repr(model_type)} is not supported, only {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def read_config(raw: Mapping[str, Any], where: object, dtype: str, param_dtype: str) -> ModelConfig:
+    """The model that a parsed `config.json` describes.
+
+    Args:
+        raw: the parsed file.
+        where: its path, for messages.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+
+    Raises:
+        HubError: a key that is missing, has a wrong type, or would change what is computed.
+    """
+    family = read_family(raw, where)
+    raw = _merge_rope(raw, where) if "rope_theta" in family.keys else raw
+    _refuse_what_we_cannot_compute(raw, family, where)
+    fields = {field: _read(raw, key, where) for field, key in family.keys.items()}
+    if fields["mlp_width"] is None:
+        fields["mlp_width"] = 4 * fields["width"]
+    fields = {field: value for field, value in fields.items() if value is not None}
+    try:
+        return ModelConfig(**fields, **family.implied, dtype=dtype, param_dtype=param_dtype)
+    except ValueError as error:
+        raise HubError(f"{where}: {error}") from error
+
+
+def write_config(config: ModelConfig, param_dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a model, with the keys of transformers 4, which 5 and the other readers understand as well.
+
+    Args:
+        config: the model.
+        param_dtype: of the tensors in the file.
+        token_ids: `bos_token_id` and its like.
+
+    Raises:
+        HubError: no family can express it.
+    """
+    model_type = family_that_holds(config)
+    if model_type is None:
+        raise HubError(f"save: no family of {', '.join(FAMILIES)} has files for {config}")
+    family = FAMILIES[model_type]
+    values = {key.name: getattr(config, field) for field, key in family.keys.items()}
+    for key in family.keys.values():
+        if key.kind is str:
+            values[key.name] = ACTIVATIONS[values[key.name]][0]
+    head = {"architectures": [family.architecture], "model_type": model_type, "torch_dtype": param_dtype}
+    return head | values | dict(token_ids)
+
+
+def _read(raw: Mapping[str, Any], key: Key, where: object) -> Any:
+    """One key, of the right kind; None where it is null or absent and something else decides."""
+    value = raw.get(key.name)
+    if value is None:
+        if key.default is REQUIRED:
+            raise HubError(f"{where}: {key.name} is missing")
+        value = key.default
+        if value is None:
+            return None
+    if key.kind is str:
+        for ours, theirs in ACTIVATIONS.items():
+            if value in theirs:
+                return ours
+        supported = ", ".join(name for theirs in ACTIVATIONS.values() for name in theirs)
+        raise HubError(f"{where}: {key.name} {reprlib.repr(value)} is not supported, only {supported}")
+    if key.kind is bool:
+        holds = isinstance(value, bool)
+    elif key.kind is int:
+        holds = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    else:
+        holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not holds:
+        expected = {bool: "true or false", int: "a positive whole number", float: "a number"}[key.kind]
+        raise HubError(f"{where}: {key.name}: got {reprlib.repr(value)}, expected {expected}")
+    return float(value) if key.kind is float else value
+
+
+def _refuse_what_we_cannot_compute(raw: Mapping[str, Any], family: Family, where: object) -> None:
+    only = ONLY | family.only
+    for name, allowed in only.items():
+        value = raw.get(name)
+        if value is not None and value not in allowed:
+            raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {', '.join(map(str, allowed))} is supported")
+    known = IRRELEVANT | family.irrelevant | {key.name for key in family.keys.values()} | only.keys()
+    unknown = {name: value for name, value in raw.items() if name not in known and value not in (None, False, {}, [], "")}
+    if unknown:
+        named = ", ".join(reprlib.repr(name) for name in list(unknown)[:5])
+        raise HubError(f"{where}: {named} not understood, and may change what the model computes; remove what changes nothing")
+
+
+def _merge_rope(raw: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Folds `rope_parameters` (transformers 5) and `rope_scaling` (4) into `rope_theta`, if they scale nothing.
+
+    Source: transformers 5.23.0 `modeling_rope_utils.py`, `convert_rope_params_to_dict`; a theta that is said twice with
+    two values is refused here, and not there.
+    """
+    merged = {name: value for name, value in raw.items() if name not in _ROPE}
+    for name in _ROPE:
+        rope = raw.get(name) or {}
+        if not isinstance(rope, dict):
+            raise HubError(f"{where}: {name}: got {reprlib.repr(rope)}, expected an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise HubError(f"{where}: {name} of type {reprlib.repr(kind)} is not supported, only default")
+        for inner, value in rope.items():
+            if inner in ("rope_theta", "partial_rotary_factor"):
+                if merged.get(inner) not in (None, value):
+                    raise HubError(f"{where}: {inner} is {merged[inner]!r} and, in {name}, {reprlib.repr(value)}")
+                merged[inner] = value
+            elif inner not in ("rope_type", "type") and value is not None:
+                raise HubError(f"{where}: {name}: {reprlib.repr(inner)} is not supported")
+    return merged

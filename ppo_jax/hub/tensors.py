@@ -1,0 +1,101 @@
+"""Tensors in safetensors files: one file or several with an index, read one at a time; one file, written one at a time.
+
+Pickles (`pytorch_model.bin` and its kin) are refused by name: to read one is to run it.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from ppo_jax.hub.configs import read_json
+from ppo_jax.hub.errors import HubError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@contextlib.contextmanager
+def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Opens the files of a folder; yields tensor name -> open file that holds it. Nothing is read but the headers.
+
+    Raises:
+        HubError: no safetensors (pickles only, or nothing), a damaged file, an index that does not fit its files.
+    """
+    shards = _shards(folder)
+    with contextlib.ExitStack() as stack:
+        holders: dict[str, Any] = {}
+        for path, promised in shards.items():
+            try:
+                file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+            except (OSError, safetensors.SafetensorError) as error:
+                raise HubError(f"{path}: not a safetensors file ({error})") from error
+            names = set(file.keys())
+            if promised is not None and names != promised:
+                raise HubError(f"{path}: the index and the file differ in {listed(names ^ promised)}")
+            holders |= dict.fromkeys(names, file)
+        yield holders
+
+
+def _shards(folder: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+    """Files to open, each with the tensors that an index promises in it (None: no index, whatever it holds)."""
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    index = folder / INDEX
+    if not index.is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise HubError(
+                f"{folder}: only pickle weights ({listed(pickles)}), which run code when opened and are refused; "
+                f"expected {WEIGHTS}"
+            )
+        raise HubError(f"{folder}: no weights, expected {WEIGHTS} or {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise HubError(f"{index}: weight_map is not a table of tensor names and file names")
+    shards: dict[pathlib.Path, set[str] | None] = {}
+    for shard in sorted(set(weight_map.values())):
+        if shard != pathlib.PurePosixPath(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise HubError(f"{index}: refuses {shard!r}, expected the name of a safetensors file in the same folder")
+        if not (folder / shard).is_file():
+            raise HubError(f"{index}: names {shard!r}, which is not there")
+        shards[folder / shard] = {name for name, file in weight_map.items() if file == shard}
+    return shards
+
+
+def write_weights(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+    """Writes one safetensors file, its names sorted: the same tensors give the same bytes.
+
+    Source: the format, huggingface/safetensors README: 8 bytes length, a JSON header padded with blanks, the data.
+
+    Args:
+        path: the file.
+        tensors: name -> something with `shape`, `dtype` and `read()`, which gives the array.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        dtype = np.dtype(tensor.dtype)
+        if dtype.name not in _CODES:
+            raise HubError(f"save: {name} has dtype {dtype.name}, expected one of {', '.join(_CODES)}")
+        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            file.write(np.ascontiguousarray(tensors[name].read()).view(np.uint8).data)
+
+
+def listed(names: Any, limit: int = 3) -> str:
+    """A few names for a message, sorted, and how many more."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more

@@ -1,0 +1,62 @@
+"""`ModelConfig`: every number and every choice that makes the one decoder into a particular model."""
+
+import dataclasses
+
+_CHOICES = {
+    "positions": ("learned", "rotary"),
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": ("gelu", "gelu_tanh", "silu", "relu"),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+}
+_POSITIVE = (
+    "vocab_size num_layers num_heads num_kv_heads head_dim width mlp_width max_positions rope_theta norm_eps init_std"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with pre-normalisation. The defaults are Llama's choices.
+
+    Raises:
+        ValueError: a field outside its range, by name, with its value and what was expected.
+    """
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    width: int
+    mlp_width: int
+    max_positions: int
+    num_kv_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: width / num_heads
+    positions: str = "rotary"
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    gated_mlp: bool = True  # down(act(gate x) * up x) instead of down(act(up x))
+    attention_bias: bool = False  # on query, key, value and output
+    mlp_bias: bool = False
+    tie_embeddings: bool = True  # the vocabulary projection is the embedding, transposed
+    init_std: float = 0.02  # of kernels and embeddings at initialisation
+    dtype: str = "float32"  # of the matrix products; logits, norms' statistics and losses are float32 always
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Fills the derived defaults in and refuses what cannot be."""
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        if not self.head_dim and self.num_heads > 0:
+            if self.width % self.num_heads:
+                raise ValueError(f"width: got {self.width}, expected a multiple of num_heads ({self.num_heads})")
+            object.__setattr__(self, "head_dim", self.width // self.num_heads)
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of num_heads ({self.num_heads})")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}, expected an even number for rotary positions")

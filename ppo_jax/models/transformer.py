@@ -1,0 +1,286 @@
+"""The decoder: GPT-2 or Llama by `ModelConfig`, with a key/value cache that is an explicit argument and result.
+
+Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Su et al. 2021 (rotary positions), Ainslie et al. 2023
+(grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.models.config import ModelConfig
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values of each layer, each [B, S, K, H]; slot s belongs to token s of the padded sequence."""
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+_float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)  # bfloat16 in, float32 out
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Position of each token among the True ones of its row, from 0; `[B, S]` bool to `[B, S]` int32."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def causal_mask(mask: jax.Array) -> jax.Array:
+    """Who may look at whom: `[B, S]` bool to `[B, S, S]` bool; query t sees the True tokens at t and before."""
+    slots = jnp.arange(mask.shape[-1])
+    return mask[:, None, :] & (slots[:, None] >= slots[None, :])[None]
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """A cache of zeros for `batch` sequences of `length` slots, in the compute dtype."""
+    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    zeros = partial(jnp.zeros, shape, jnp.dtype(config.dtype))
+    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding; the first half of a head pairs with the second (the Hugging Face Llama layout).
+
+    Args:
+        x: `[B, T, heads, H]`.
+        positions: `[B, T]` int.
+        theta: base of the frequencies theta^(-2i/H).
+
+    Returns:
+        Rotated heads in the dtype of `x`; angles are float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (positions[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None, :]  # [B, T, 1, H/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention with grouped queries: N / K query heads share a key head, which is not repeated in memory.
+
+    Args:
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, H]`.
+        mask: `[B, T, S]` bool.
+
+    Returns:
+        `[B, T, N, H]`. A query that may look at nothing (padding) gets an average, never NaN.
+    """
+    batch, length, heads, size = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, with float32 statistics."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `[..., D]`."""
+        config = self.config
+        scale = self.param("scale", nn.initializers.ones, (config.width,), jnp.dtype(config.param_dtype))
+        y = x.astype(jnp.float32)
+        if config.norm == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps)
+        y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
+        if config.norm == "layernorm":
+            bias = self.param("bias", nn.initializers.zeros, (config.width,), jnp.dtype(config.param_dtype))
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+        return y.astype(config.dtype)
+
+
+def _dense(config: ModelConfig, features: int, bias: bool, init_std: float | None = None) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=nn.initializers.normal(init_std or config.init_std),
+    )
+
+
+def _residual_std(config: ModelConfig) -> float:
+    """GPT-2's smaller initialisation of what adds to the residual stream, so that its variance does not grow with depth."""
+    return config.init_std / (2 * config.num_layers) ** 0.5
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over the given keys, or over a cache that it extends."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Makes the four projections."""
+        config = self.config
+        self.query = _dense(config, config.num_heads * config.head_dim, config.attention_bias)
+        self.key = _dense(config, config.num_kv_heads * config.head_dim, config.attention_bias)
+        self.value = _dense(config, config.num_kv_heads * config.head_dim, config.attention_bias)
+        self.output = _dense(config, config.width, config.attention_bias, _residual_std(config))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Arguments as `Decoder.trunk`, for one layer."""
+        config = self.config
+        batch, length, _ = x.shape
+        query = self.query(x).reshape(batch, length, config.num_heads, config.head_dim)
+        key = self.key(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        value = self.value(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        if config.positions == "rotary":
+            query = rotate(query, positions, config.rope_theta)
+            key = rotate(key, positions, config.rope_theta)
+        if cache is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, slot, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, slot, axis=1)
+            cache = (key, value)
+        heads = attend(query, key, value, mask)
+        return self.output(heads.reshape(batch, length, -1)), cache
+
+
+class MLP(nn.Module):
+    """Two layers, or three when gated."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Makes the projections."""
+        config = self.config
+        if config.gated_mlp:
+            self.gate = _dense(config, config.mlp_width, config.mlp_bias)
+        self.up = _dense(config, config.mlp_width, config.mlp_bias)
+        self.down = _dense(config, config.width, config.mlp_bias, _residual_std(config))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` to `[..., D]`."""
+        activation = _ACTIVATIONS[self.config.activation]
+        if self.config.gated_mlp:
+            return self.down(activation(self.gate(x)) * self.up(x))
+        return self.down(activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each normalised before and added to the residual stream."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Makes the four parts."""
+        self.attention_norm = Norm(self.config)
+        self.attention = Attention(self.config)
+        self.mlp_norm = Norm(self.config)
+        self.mlp = MLP(self.config)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Arguments as `Decoder.trunk`, for one layer."""
+        heads, cache = self.attention(self.attention_norm(x), positions, mask, cache, slot)
+        x = x + heads
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks and vocabulary projection. `trunk` and `logits` are apart, so that nobody projects what nobody reads."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Makes all layers; parameter names are documented in `ppo_jax.hub.families`, where they meet Hugging Face's."""
+        config = self.config
+        embed = partial(
+            nn.Embed,
+            features=config.width,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(config.init_std),
+        )
+        self.embed = embed(config.vocab_size)
+        if config.positions == "learned":
+            self.positions = embed(config.max_positions)
+        self.layer = [Block(config) for _ in range(config.num_layers)]
+        self.final_norm = Norm(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                kernel_init=nn.initializers.normal(config.init_std),
+                dot_general=_float32_dot_general,
+            )
+
+    def trunk(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: Cache | None = None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the layers over T tokens.
+
+        Args:
+            tokens: `[B, T]` int32.
+            positions: `[B, T]` int32, see `positions_of`.
+            mask: `[B, T, S]` bool: which of the S keys each query sees; S = T without a cache, else the cache's length.
+            cache: keys and values of earlier tokens; the new ones are written at `slot` and after.
+            slot: where token 0 stands in the cache.
+
+        Returns:
+            (hidden `[B, T, D]` after the final norm, the cache with the new tokens).
+
+        Raises:
+            ValueError: (at trace time) more slots than the model has positions.
+        """
+        if mask.shape[-1] > self.config.max_positions:
+            raise ValueError(
+                f"sequence length: got {mask.shape[-1]} tokens (prompt and response), "
+                f"expected at most the model's {self.config.max_positions} positions"
+            )
+        x = self.embed(tokens)
+        if self.config.positions == "learned":
+            x = x + self.positions(positions)
+        layers = []
+        for i, layer in enumerate(self.layer):
+            x, layer_cache = layer(x, positions, mask, None if cache is None else cache[i], slot)
+            layers.append(layer_cache)
+        return self.final_norm(x), None if cache is None else tuple(layers)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Vocabulary projection: `[..., D]` to `[..., V]` float32."""
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        embedding = self.embed.embedding.astype(self.config.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Logits `[B, S, V]` float32 of padded sequences, all at once: for tests and small models; `mask` is `[B, S]`."""
+        hidden, _ = self.trunk(tokens, positions_of(mask), causal_mask(mask))
+        return self.logits(hidden)

@@ -1,0 +1,308 @@
+"""PPO for language models, on one page.
+
+One iteration, read from top to bottom:
+
+    prompts --generate--> rollout --score--> scores                                   (acting and judging)
+    rollout, scores, reference --make_experience--> advantages, returns               (targets)
+    = collect
+    experience --epochs x minibatches of ppo_loss and Adam--> new parameters          (update)
+
+`make_train_step` composes these into compiled programs: one, when the score is JAX; two with the score on the host in
+between, when it is a Python function. Both run the same functions.
+
+Sources: Ziegler et al. 2019 (arXiv:1909.08593) for the KL-shaped reward and one PPO over whole responses; Schulman et al.
+2017 (arXiv:1707.06347) for the clipped loss; Huang et al. 2024, "The N Implementation Details of RLHF with PPO".
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppo_jax.advantages import gae
+from ppo_jax.config import PPOConfig
+from ppo_jax.kl import adaptive_kl_coef, is_last, kl_estimate, kl_shaped_rewards
+from ppo_jax.losses import clipped_policy_loss, clipped_value_loss
+from ppo_jax.models import ActorCritic, Decoder, causal_mask, positions_of
+from ppo_jax.numerics import chunked_logprobs_and_entropy, explained_variance, masked_mean, masked_whiten
+from ppo_jax.sampling import SamplingConfig, generate, policy_logits
+from ppo_jax.sharding import Shardings
+from ppo_jax.types import Experience, Metrics, Params, Prompts, Rollout, TrainState
+
+Score = Callable[[Rollout], jax.Array]
+"""A judge in pure JAX: a rollout to scores `[B]`."""
+
+
+def response_hidden(model: ActorCritic | Decoder, params: Params, rollout: Rollout) -> jax.Array:
+    """The trunk's state from which each response token is predicted, `[B, R, D]`: that of the token before it."""
+    hidden, _ = model.apply(
+        {"params": params}, rollout.tokens, positions_of(rollout.mask), causal_mask(rollout.mask), method="trunk"
+    )
+    return hidden[:, -rollout.logprobs.shape[1] - 1 : -1]
+
+
+def response_logprobs(
+    model: ActorCritic | Decoder, params: Params, hidden: jax.Array, rollout: Rollout, sampling: SamplingConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each response token under the policy with these parameters, and the policy's entropy there.
+
+    The same distribution as in `generate`: same temperature, same forbidden tokens.
+
+    Returns:
+        (logprobs, entropy), each `[B, R]` float32 nats; arbitrary (finite) where masked.
+    """
+
+    def project(hidden: jax.Array, positions: jax.Array) -> jax.Array:
+        return policy_logits(model.apply({"params": params}, hidden, method="logits"), positions, sampling)
+
+    return chunked_logprobs_and_entropy(project, hidden, rollout.response_tokens)
+
+
+def make_experience(
+    model: ActorCritic,
+    ref_params: Params,
+    rollout: Rollout,
+    scores: jax.Array,
+    kl_coef: jax.Array,
+    config: PPOConfig,
+    sampling: SamplingConfig,
+) -> tuple[Experience, Metrics]:
+    """Turns a judged rollout into learning targets: KL-shaped rewards, then GAE, then whitening.
+
+    Args:
+        model: the actor-critic; the reference is its decoder with `ref_params`.
+        ref_params: decoder parameters of the frozen reference.
+        rollout: B responses.
+        scores: `[B]`, the judge's.
+        kl_coef: reward per nat.
+        config: gamma, gae_lambda, kl_estimator, whitening.
+        sampling: the policy's distribution.
+
+    Returns:
+        (experience, `objective/*` metrics).
+    """
+    mask = rollout.response_mask
+    reference = Decoder(model.config)
+
+    def reference_logprobs(part: Rollout) -> jax.Array:
+        hidden = response_hidden(reference, ref_params, part)
+        return response_logprobs(reference, ref_params, hidden, part, sampling)[0]
+
+    # A minibatch at a time, as in training, so that acting never needs more memory than learning.
+    ref_logprobs = jax.lax.map(reference_logprobs, split(rollout, config.num_minibatches)).reshape(mask.shape)
+    rewards = kl_shaped_rewards(scores, rollout.logprobs, ref_logprobs, mask, kl_coef, config.kl_estimator)
+    discounts = jnp.where(mask & ~is_last(mask), config.gamma, 0.0)  # a response that was cut has ended as well
+    values = jnp.pad(rollout.values, ((0, 0), (0, 1)))  # nothing follows, so the bootstrap value is never read
+    advantages, returns = jax.vmap(gae, in_axes=(0, 0, 0, None))(rewards, discounts, values, config.gae_lambda)
+    if config.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    lengths = jnp.sum(mask, axis=1)
+    kl = jnp.sum(jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs), 0.0), axis=1)
+    ended = jnp.any(mask & jnp.isin(rollout.response_tokens, jnp.array(sampling.eos_ids)), axis=1)
+    metrics = {
+        "objective/score": jnp.mean(scores),
+        "objective/score_std": jnp.std(scores),
+        "objective/kl": jnp.mean(kl),
+        "objective/kl_coef": kl_coef,
+        "objective/reward": jnp.mean(jnp.sum(rewards, axis=1)),
+        "objective/length": jnp.mean(lengths.astype(jnp.float32)),
+        "objective/eos_frac": jnp.mean(ended.astype(jnp.float32)),
+        "objective/entropy": -masked_mean(rollout.logprobs, mask),
+        "value/mean": masked_mean(rollout.values, mask),
+        "value/explained_var": explained_variance(rollout.values, returns, mask),
+    }
+    fields = {name: getattr(rollout, name) for name in ("tokens", "mask", "logprobs", "values")}
+    return Experience(**fields, advantages=advantages, returns=returns), metrics
+
+
+def collect(
+    model: ActorCritic,
+    params: Params,
+    ref_params: Params,
+    prompts: Prompts,
+    score: Score,
+    key: jax.Array,
+    kl_coef: jax.Array,
+    config: PPOConfig,
+    sampling: SamplingConfig,
+) -> tuple[Experience, jax.Array, Metrics]:
+    """Acts, judges, and makes the learning targets: everything before the first gradient.
+
+    Returns:
+        (experience, scores `[B]`, `objective/*` metrics).
+    """
+    rollout = generate(model, params, prompts, key, sampling)
+    scores = score(rollout)
+    experience, metrics = make_experience(model, ref_params, rollout, scores, kl_coef, config, sampling)
+    return experience, scores, metrics
+
+
+def ppo_loss(
+    params: Params, model: ActorCritic, batch: Experience, config: PPOConfig, sampling: SamplingConfig
+) -> tuple[jax.Array, Metrics]:
+    """Clipped policy loss + vf_coef x clipped value loss - ent_coef x entropy, over one minibatch.
+
+    Returns:
+        (loss `[]`, `policy/*` and `value/*` metrics).
+    """
+    mask = batch.response_mask
+    hidden = response_hidden(model, params, batch)
+    logprobs, entropy = response_logprobs(model, params, hidden, batch, sampling)
+    values = model.apply({"params": params}, hidden, method="value")
+    policy_loss, policy = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.clip_eps)
+    value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, config.value_clip_eps)
+    mean_entropy = masked_mean(entropy, mask)
+    loss = policy_loss + config.vf_coef * value_loss
+    if config.ent_coef:  # without the bonus the entropy is only reported, and needs no backward pass
+        loss = loss - config.ent_coef * mean_entropy
+    metrics = {f"policy/{name}": x for name, x in policy.items()} | {f"value/{name}": x for name, x in value.items()}
+    return loss, metrics | {"policy/loss": policy_loss, "value/loss": value_loss, "policy/entropy": mean_entropy}
+
+
+def update(
+    model: ActorCritic,
+    tx: optax.GradientTransformation,
+    params: Params,
+    opt_state: optax.OptState,
+    experience: Experience,
+    key: jax.Array,
+    config: PPOConfig,
+    sampling: SamplingConfig,
+    shardings: Shardings,
+) -> tuple[Params, optax.OptState, Metrics]:
+    """`num_epochs` passes over the experience in `num_minibatches` gradient steps each, reshuffled every pass.
+
+    Returns:
+        (new parameters, new optimizer state, metrics averaged over the gradient steps).
+    """
+
+    def gradient_step(carry: tuple[Params, optax.OptState], batch: Experience) -> tuple[tuple, Metrics]:
+        params, opt_state = carry
+        batch = jax.lax.with_sharding_constraint(batch, shardings.batch)
+        grads, metrics = jax.grad(ppo_loss, has_aux=True)(params, model, batch, config, sampling)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        metrics["optim/grad_norm"] = optax.tree.norm(grads)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    def epoch(carry: tuple[Params, optax.OptState], key: jax.Array) -> tuple[tuple, Metrics]:
+        order = jax.random.permutation(key, config.batch_size)
+        shuffled = jax.tree.map(lambda x: x[order], experience)
+        return jax.lax.scan(gradient_step, carry, split(shuffled, config.num_minibatches))
+
+    keys = jax.random.split(key, config.num_epochs)
+    (params, opt_state), history = jax.lax.scan(epoch, (params, opt_state), keys)
+    metrics = {name: jnp.mean(x) for name, x in history.items()}  # each x is [num_epochs, num_minibatches]
+    metrics["policy/ratio_max"] = jnp.max(history["policy/ratio_max"])
+    # Before the first gradient step the policy that learns is the policy that acted: anything but ratio one is a defect.
+    del metrics["policy/ratio_dev"]
+    metrics["policy/first_ratio_dev"] = history["policy/ratio_dev"][0, 0]
+    metrics["policy/first_approx_kl"] = history["policy/approx_kl"][0, 0]
+    return params, opt_state, metrics
+
+
+class TrainStep(NamedTuple):
+    """The compiled programs of an iteration.
+
+    `iterate(state, ref_params, prompts) -> (state, metrics, experience, scores)` is the whole iteration as one program; it
+    exists when the score is JAX. With a score on the host it is None and the caller runs
+    `act(state, prompts) -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`.
+    The state that goes into `iterate` and `learn` is donated: use the one that comes out.
+    """
+
+    act: Callable[[TrainState, Prompts], Rollout]
+    learn: Callable[[TrainState, Params, Rollout, jax.Array], tuple[TrainState, Metrics]]
+    iterate: Callable[[TrainState, Params, Prompts], tuple[TrainState, Metrics, Experience, jax.Array]] | None
+
+
+def make_train_step(
+    model: ActorCritic,
+    tx: optax.GradientTransformation,
+    config: PPOConfig,
+    sampling: SamplingConfig,
+    shardings: Shardings,
+    score: Score | None = None,
+) -> TrainStep:
+    """Composes the functions above into compiled, sharded programs.
+
+    Args:
+        model: the actor-critic.
+        tx: the optimizer, as `TrainState.opt_state` was made.
+        config: the settings of PPO.
+        sampling: the policy's distribution; filters (top-k, top-p) and greedy choice are refused.
+        shardings: where state, reference and batches live.
+        score: a judge in pure JAX; None: the scores come from the host.
+
+    Raises:
+        ValueError: a sampling rule that the log-probabilities of training do not know.
+    """
+    if sampling.top_k or sampling.top_p < 1 or sampling.temperature == 0:
+        raise ValueError(
+            f"sampling: got top_k={sampling.top_k}, top_p={sampling.top_p}, temperature={sampling.temperature}, expected "
+            "top_k=0, top_p=1, temperature > 0: PPO trains on the distribution that it samples from"
+        )
+
+    def keys(state: TrainState) -> jax.Array:
+        """One key to act and one to learn, different in every iteration and the same after a resume."""
+        return jax.random.split(jax.random.fold_in(state.key, state.step))
+
+    def act(state: TrainState, prompts: Prompts) -> Rollout:
+        return generate(model, state.params, prompts, keys(state)[0], sampling)
+
+    def improve(state: TrainState, experience: Experience, metrics: Metrics) -> tuple[TrainState, Metrics]:
+        params, opt_state, update_metrics = update(
+            model, tx, state.params, state.opt_state, experience, keys(state)[1], config, sampling, shardings
+        )
+        kl_coef = state.kl_coef
+        if config.kl_target:
+            kl = metrics["objective/kl"]
+            kl_coef = adaptive_kl_coef(kl_coef, kl, config.kl_target, config.kl_horizon, config.batch_size)
+        state = TrainState(state.step + 1, params, opt_state, state.key, kl_coef)
+        return state, metrics | update_metrics
+
+    def learn(state: TrainState, ref_params: Params, rollout: Rollout, scores: jax.Array) -> tuple[TrainState, Metrics]:
+        experience, metrics = make_experience(model, ref_params, rollout, scores, state.kl_coef, config, sampling)
+        return improve(state, experience, metrics)
+
+    def iterate(
+        state: TrainState, ref_params: Params, prompts: Prompts
+    ) -> tuple[TrainState, Metrics, Experience, jax.Array]:
+        experience, scores, metrics = collect(
+            model, state.params, ref_params, prompts, score, keys(state)[0], state.kl_coef, config, sampling
+        )
+        return *improve(state, experience, metrics), experience, scores
+
+    at = shardings
+    return TrainStep(
+        act=jax.jit(act, in_shardings=(at.state, at.batch), out_shardings=at.batch),
+        learn=jax.jit(
+            learn,
+            in_shardings=(at.state, at.ref_params, at.batch, at.batch),
+            out_shardings=(at.state, at.replicated),
+            donate_argnames="state",
+        ),
+        iterate=score
+        and jax.jit(
+            iterate,
+            in_shardings=(at.state, at.ref_params, at.batch),
+            out_shardings=(at.state, at.replicated, at.batch, at.batch),
+            donate_argnames="state",
+        ),
+    )
+
+
+def init_state(
+    decoder_params: Params, model: ActorCritic, tx: optax.GradientTransformation, config: PPOConfig, key: jax.Array
+) -> TrainState:
+    """A fresh train state: a pretrained decoder under a new value head."""
+    head_key, key = jax.random.split(key)
+    hidden = jnp.zeros((1, model.config.width))
+    value_head = model.init(head_key, hidden, method="value")["params"]["value_head"]
+    params = {"decoder": decoder_params, "value_head": value_head}
+    return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(config.kl_coef))
+
+
+def split(batch: Rollout, parts: int) -> Rollout:
+    """`[B, ...]` to `[parts, B / parts, ...]` in every leaf."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)

@@ -1,0 +1,7 @@
+"""Judges. In the program: a `Score`, rollout to `[B]`, in pure JAX. On the host: `reward(prompts, completions, **columns)`."""
+
+from ppo_jax.rewards.host import HostReward, RewardError, call_reward
+from ppo_jax.rewards.lexicon import make_lexicon_score
+from ppo_jax.rewards.registry import load_reward
+
+__all__ = ["HostReward", "RewardError", "call_reward", "load_reward", "make_lexicon_score"]

@@ -1,0 +1,41 @@
+"""A score from word lists, in pure JAX: it runs inside the compiled iteration."""
+
+from collections.abc import Callable, Collection
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ppo_jax.types import Rollout
+
+
+def make_lexicon_score(
+    tokenizer: PreTrainedTokenizerBase, positive: Collection[str], negative: Collection[str]
+) -> Callable[[Rollout], jax.Array]:
+    """Score of a response: (positive words - negative words) / max(1, positive words + negative words), in [-1, 1].
+
+    Args:
+        tokenizer: a word must be a single token of it (as it stands within a sentence).
+        positive: words that count +1.
+        negative: words that count -1.
+
+    Returns:
+        `score(rollout) -> [B]` float32.
+
+    Raises:
+        ValueError: a word that the tokenizer splits.
+    """
+    weights = np.zeros(len(tokenizer), np.float32)
+    for words, weight in ((positive, 1.0), (negative, -1.0)):
+        for word in sorted(words):
+            ids = tokenizer.encode(" " + word, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise ValueError(f"lexicon: got {word!r}, which the tokenizer splits or does not know; expected a single token")
+            weights[ids[0]] = weight
+
+    def score(rollout: Rollout) -> jax.Array:
+        found = jnp.where(rollout.response_mask, jnp.asarray(weights)[rollout.response_tokens], 0.0)
+        return jnp.sum(found, axis=1) / jnp.maximum(jnp.sum(jnp.abs(found), axis=1), 1.0)
+
+    return score

@@ -1,0 +1,202 @@
+"""Sampling responses: one prefill, then a decode loop that stops when every sequence has ended, all in one program."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.models import ActorCritic, Cache, causal_mask, empty_cache, positions_of
+from ppo_jax.numerics import logprobs_and_entropy
+from ppo_jax.types import Params, Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen.
+
+    Raises:
+        ValueError: a field outside its range.
+    """
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]  # any of these ends a response
+    pad_id: int  # stands after the end; never scored
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_new_tokens: int = 0  # no EOS before this many tokens
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "a number in (0, 1]"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
+        }
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
+
+
+def policy_logits(logits: jax.Array, positions: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """The logits of the distribution that is the policy: at its temperature, without EOS where that is not allowed.
+
+    Acting, the reference and training all go through here, so that the ratio of a fresh rollout is one.
+
+    Args:
+        logits: `[B, T, V]` float32, the model's.
+        positions: `[T]` int, which response token each column predicts.
+        sampling: temperature 0 is left at 1 here: greedy choice, the model's own probabilities.
+
+    Returns:
+        `[B, T, V]`; -inf forbids a token.
+    """
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
+    if sampling.min_new_tokens:
+        is_eos = jnp.zeros(logits.shape[-1], bool).at[jnp.array(sampling.eos_ids)].set(True)
+        too_early = positions < sampling.min_new_tokens
+        logits = jnp.where((too_early[:, None] & is_eos[None, :])[None], -jnp.inf, logits)
+    return logits
+
+
+def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+    """Forbids all but the `top_k` likeliest tokens, then all outside the nucleus of probability `top_p`.
+
+    Args:
+        logits: `[B, V]` float32.
+        top_k: 0 keeps all. Ties with the k-th are kept.
+        top_p: 1 keeps all. The token that crosses `top_p` is kept, so one always is.
+
+    Returns:
+        `[B, V]` with -inf where forbidden.
+
+    Source: Holtzman et al. 2019, arXiv:1904.09751 (nucleus sampling).
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    if top_p < 1.0:
+        descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probs = jax.nn.softmax(descending, axis=-1)
+        inside = jnp.cumsum(probs, axis=-1) - probs < top_p
+        threshold = jnp.min(descending, axis=-1, where=inside, initial=jnp.inf, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def draw(key: jax.Array, logits: jax.Array, block: int = 256) -> jax.Array:
+    """One token a row from softmax(logits), by inverting the cumulative distribution in two levels.
+
+    The first uniform number picks a block of the vocabulary, the second a token in it. Two numbers a row instead of V
+    (`jax.random.categorical` adds Gumbel noise to every logit), and as fine a grain: 2^-46 of the probability.
+
+    Args:
+        key: a typed key.
+        logits: `[B, V]` float32; -inf is never drawn.
+        block: tokens a block.
+
+    Returns:
+        `[B]` int32.
+    """
+    batch, vocabulary = logits.shape
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block))).reshape(batch, -1, block)
+    uniform = jax.random.uniform(key, (2, batch))
+    chosen_block = _invert_cumulative(jnp.sum(weights, axis=-1), uniform[0])
+    within = jnp.take_along_axis(weights, chosen_block[:, None, None], axis=1)[:, 0]
+    return chosen_block * block + _invert_cumulative(within, uniform[1])
+
+
+def _invert_cumulative(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Index drawn in proportion to `weights` `[B, n]` by `uniform` `[B]` in [0, 1); never one of weight zero; `[B]` int32."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    total = cumulative[:, -1]
+    # Rounding may lift the target to the total, past the last token that has any weight.
+    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    return jnp.sum(cumulative <= target[:, None], axis=-1, dtype=jnp.int32)
+
+
+class _Decoding(NamedTuple):
+    """What the decode loop carries."""
+
+    t: jax.Array  # [] int32: response tokens drawn
+    alive: jax.Array  # [B] bool: no EOS yet
+    cache: Cache
+    rollout: Rollout
+
+
+def generate(
+    model: ActorCritic, params: Params, prompts: Prompts, key: jax.Array, sampling: SamplingConfig
+) -> Rollout:
+    """Samples a response to every prompt.
+
+    Args:
+        model: the actor-critic; its value of every state is taken along, since the trunk has run anyway.
+        params: its parameters.
+        prompts: `[B, P]`, padded left.
+        key: a typed key; token t uses `fold_in(key, t)`.
+        sampling: how tokens are chosen, and what ends a response.
+
+    Returns:
+        A `Rollout` with R = `sampling.max_new_tokens`. The logprobs are those of the distribution that was drawn from,
+        filters included.
+    """
+    apply = partial(model.apply, {"params": params})
+    batch, prompt_length = prompts.tokens.shape
+    num_new = sampling.max_new_tokens
+    length = prompt_length + num_new
+    prompt_sizes = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+    eos_ids = jnp.array(sampling.eos_ids, jnp.int32)
+
+    def emit(hidden: jax.Array, at: _Decoding) -> _Decoding:
+        """Draws response token t from the state before it and writes it down."""
+        logits = policy_logits(apply(hidden, method="logits")[:, None], at.t[None], sampling)[:, 0]
+        logits = filter_logits(logits, sampling.top_k, sampling.top_p)
+        if sampling.temperature == 0:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            token = draw(jax.random.fold_in(key, at.t), logits)
+        token = jnp.where(at.alive, token, sampling.pad_id)
+        logprob, _ = logprobs_and_entropy(logits, token)
+        slot, rollout = prompt_length + at.t, at.rollout
+        rollout = Rollout(
+            tokens=rollout.tokens.at[:, slot].set(token),
+            mask=rollout.mask.at[:, slot].set(at.alive),
+            logprobs=rollout.logprobs.at[:, at.t].set(jnp.where(at.alive, logprob, 0.0)),
+            values=rollout.values.at[:, at.t].set(jnp.where(at.alive, apply(hidden, method="value"), 0.0)),
+        )
+        ended = jnp.any(token[:, None] == eos_ids[None, :], axis=1)
+        return _Decoding(at.t + 1, at.alive & ~ended, at.cache, rollout)
+
+    def decode(at: _Decoding) -> _Decoding:
+        """Runs the newest token through the model, then draws the next."""
+        slot = prompt_length + at.t - 1
+        newest = jax.lax.dynamic_slice_in_dim(at.rollout.tokens, slot, 1, axis=1)
+        positions = (prompt_sizes + at.t - 1)[:, None]
+        written = jnp.arange(length) <= slot
+        visible = jnp.pad(prompts.mask, ((0, 0), (0, num_new)), constant_values=True) & written[None, :]
+        hidden, cache = apply(newest, positions, visible[:, None], at.cache, slot, method="trunk")
+        return emit(hidden[:, 0], at._replace(cache=cache))
+
+    visible = jnp.pad(causal_mask(prompts.mask), ((0, 0), (0, 0), (0, num_new)))
+    hidden, cache = apply(
+        prompts.tokens,
+        positions_of(prompts.mask),
+        visible,
+        empty_cache(model.config, batch, length),
+        method="trunk",
+    )
+    start = Rollout(
+        tokens=jnp.pad(prompts.tokens, ((0, 0), (0, num_new)), constant_values=sampling.pad_id),
+        mask=jnp.pad(prompts.mask, ((0, 0), (0, num_new))),
+        logprobs=jnp.zeros((batch, num_new)),
+        values=jnp.zeros((batch, num_new)),
+    )
+    first = emit(hidden[:, -1], _Decoding(jnp.int32(0), jnp.ones(batch, bool), cache, start))
+    last = jax.lax.while_loop(lambda at: (at.t < num_new) & jnp.any(at.alive), decode, first)
+    return last.rollout

@@ -1,0 +1,100 @@
+"""Where arrays live: a mesh of devices with three axes, and one table that says how each parameter is cut.
+
+`data` and `fsdp` both split the batch; `fsdp` also splits parameters and optimizer moments; `tensor` splits the matrix
+products of each layer (Megatron's arrangement: columns into a block, rows out of it).
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ppo_jax.types import Params, TrainState
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(embed|positions)/embedding$", P("tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/bias$", P("tensor")),
+    (r"(output|down)/kernel$", P("tensor", "fsdp")),
+    (r"(output|down)/bias$", P()),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"norm/(scale|bias)$", P()),
+    (r"value_head/(kernel|bias)$", P()),
+)
+
+
+class Shardings(NamedTuple):
+    """Where the arguments of a train step live; `batch` cuts the leading axis of every array in a batch."""
+
+    state: TrainState
+    ref_params: Params
+    batch: NamedSharding
+    replicated: NamedSharding
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data x fsdp x tensor devices; `data=-1` takes all that are left.
+
+    Raises:
+        ValueError: more devices than there are, or sizes that do not divide them.
+    """
+    available = jax.device_count()
+    if data == -1:
+        data = max(1, available // (fsdp * tensor))
+    sizes = (data, fsdp, tensor)
+    if min(sizes) < 1 or math.prod(sizes) > available:
+        raise ValueError(f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected at most {available} devices")
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_shardings(mesh: Mesh, params: Params) -> Params:
+    """The sharding of each parameter, by the first row of `RULES` that matches its path.
+
+    An axis that does not divide the dimension (a vocabulary of 50257, say) leaves that dimension whole.
+
+    Args:
+        mesh: from `make_mesh`.
+        params: arrays or their shapes; any tree whose paths end as the rules say (optimizer moments do).
+
+    Raises:
+        ValueError: a parameter of one or more dimensions that no row matches, by its path.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        for pattern, spec in RULES:
+            if re.search(pattern, name):
+                fits = (
+                    axis if axis is not None and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(tuple(spec) + (None,) * len(leaf.shape), leaf.shape, strict=False)
+                )
+                return NamedSharding(mesh, P(*fits))
+        raise ValueError(f"sharding: no rule for parameter {name} of shape {leaf.shape}; add a row to RULES in ppo_jax/sharding.py")
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def make_shardings(mesh: Mesh, state: TrainState) -> Shardings:
+    """Shardings of a train state (arrays or their shapes), its reference parameters and its batches."""
+    replicated = NamedSharding(mesh, P())
+    params = param_shardings(mesh, state.params)
+    return Shardings(
+        state=TrainState(
+            step=replicated,
+            params=params,
+            opt_state=param_shardings(mesh, state.opt_state),
+            key=replicated,
+            kl_coef=replicated,
+        ),
+        ref_params=params["decoder"] if "decoder" in params else params,
+        batch=NamedSharding(mesh, P(("data", "fsdp"))),
+        replicated=replicated,
+    )

@@ -1,0 +1,87 @@
+"""The glossary: letters for shapes, and the immutable pytrees that flow through one PPO iteration.
+
+Letters used in every shape comment:
+
+    B  sequences in a batch          P  prompt tokens (padded left)       R  response tokens (padded right)
+    S  P + R                         T  steps of one trajectory           V  vocabulary
+    D  width of the model            N  query heads                       K  key/value heads
+    H  size of one head
+
+A mask is boolean and True counts.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+
+Params = Any
+"""A nested dictionary of arrays, as `flax.linen.Module.init` makes it (without the outer `"params"`)."""
+
+Metrics = dict[str, jax.Array]
+"""Named scalars."""
+
+
+class _Replaceable:
+    def replace(self, **changes: Any) -> Self:
+        """The same pytree with some fields exchanged."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts(_Replaceable):
+    """A batch of prompts, padded left so that every response starts at slot P."""
+
+    tokens: jax.Array  # [B, P] int32
+    mask: jax.Array  # [B, P] bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout(_Replaceable):
+    """What acting leaves behind: prompts with sampled responses, and what the policy thought of each token.
+
+    `logprobs[:, t]` and `values[:, t]` belong to response token t: its log-probability under the distribution that it was
+    drawn from (nats), and the critic's value of the state before it.
+    """
+
+    tokens: jax.Array  # [B, S] int32
+    mask: jax.Array  # [B, S] bool: prompt tokens, and response tokens up to and with the first EOS
+    logprobs: jax.Array  # [B, R] float32, 0 where masked
+    values: jax.Array  # [B, R] float32, 0 where masked
+
+    @property
+    def response_tokens(self) -> jax.Array:
+        """Response tokens [B, R]."""
+        return self.tokens[:, -self.logprobs.shape[1] :]
+
+    @property
+    def response_mask(self) -> jax.Array:
+        """Mask of the response tokens [B, R]."""
+        return self.mask[:, -self.logprobs.shape[1] :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experience(Rollout):
+    """A rollout with its learning targets."""
+
+    advantages: jax.Array  # [B, R] float32, 0 where masked
+    returns: jax.Array  # [B, R] float32: what the critic should have said
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState(_Replaceable):
+    """Everything that training carries from one iteration to the next; arrays only.
+
+    Functions (the model, the optimizer) are closed over by `make_train_step`, so that a restored state has the same
+    tree as a fresh one.
+    """
+
+    step: jax.Array  # [] int32: iterations done
+    params: Params  # {"decoder": ..., "value_head": ...}
+    opt_state: Any
+    key: jax.Array  # a typed key; iteration i uses fold_in(key, i)
+    kl_coef: jax.Array  # [] float32: weight of the KL penalty in the reward
