@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ppo_jax.errors import InputError
 from ppo_jax.types import TrainState
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that does not fit the run; the message names the first array that differs."""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ppo_jax.errors import check
 from ppo_jax.kl import KL_ESTIMATORS
 from ppo_jax.optim import LR_SCHEDULES
 
@@ -12,18 +13,12 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def check(name: str, value: Any, holds: bool, expected: str) -> None:
-    """Raises `ValueError` with the name, the value and what was expected, unless the condition holds."""
-    if not holds:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """Proximal policy optimisation of a language model against a score, with a KL penalty to a reference.
 
     Raises:
-        ValueError: a field outside its range.
+        InputError: a field outside its range.
     """
 
     batch_size: int = option(64, "prompts an iteration; each gets one response")

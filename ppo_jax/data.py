@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ppo_jax.tokenizers import encode_prompt, render_chat
+from ppo_jax.errors import InputError, check
+from ppo_jax.tokenizers import SpecialTokens, encode_prompt, render_chat
 
 LONG_PROMPTS = ("drop", "keep_start", "keep_end")
 PROMPT_COLUMNS = ("prompt", "messages", "text")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used; the message names the source and, where there is one, the line."""
 
 
@@ -106,8 +107,7 @@ def load_prompts(
     Raises:
         DataError: a row without a prompt, an empty prompt, or nothing left.
     """
-    if long_prompts not in LONG_PROMPTS:
-        raise ValueError(f"long_prompts: got {long_prompts!r}, expected one of {', '.join(LONG_PROMPTS)}")
+    check("long_prompts", long_prompts, long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
     rows = load_rows(source, split)
     ids, texts, columns, num_dropped, num_cut = [], [], [], 0, 0
     for number, row in enumerate(rows, start=1):
@@ -144,6 +144,48 @@ def _take_prompt(row: dict[str, Any], where: str) -> tuple[str | list, dict[str,
                 raise DataError(f"{where}: column {name!r}: got {type(prompt).__name__}, expected text or a list of chat messages")
             return prompt, {key: value for key, value in row.items() if key != name}
     raise DataError(f"{where}: got columns {', '.join(row) or 'none'}, expected one of {', '.join(PROMPT_COLUMNS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """Texts ready to be batched for supervised learning; fields as in `types.Examples`, over all rows."""
+
+    tokens: np.ndarray  # [num, S] int32, padded right
+    mask: np.ndarray  # [num, S] bool
+    target_mask: np.ndarray  # [num, S] bool
+    num_cut: int  # texts longer than S tokens, of which the end was left out
+
+
+def load_examples(
+    source: str, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, length: int, split: str = "train"
+) -> ExampleSet:
+    """Reads texts (`text`), or prompts with completions (`prompt`, `completion`), and ends each with EOS.
+
+    With a prompt, only the completion and its EOS are targets.
+
+    Args:
+        source: see `load_rows`.
+        tokenizer: of the model.
+        special: pad and EOS.
+        length: S, slots for a text; what is longer is cut at its end.
+        split: see `load_rows`.
+
+    Raises:
+        DataError: a row with neither `text` nor `prompt` and `completion`.
+    """
+    ids, prompt_sizes = [], []
+    for number, row in enumerate(load_rows(source, split), start=1):
+        if isinstance(row.get("text"), str):
+            prompt, text = "", row["text"]
+        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+            prompt, text = row["prompt"], row["prompt"] + row["completion"]
+        else:
+            raise DataError(f"{source}: row {number}: got columns {', '.join(row) or 'none'}, expected text, or prompt and completion")
+        ids.append([*encode_prompt(tokenizer, text), special.eos_ids[0]])
+        prompt_sizes.append(len(encode_prompt(tokenizer, prompt)) if prompt else 0)
+    tokens, mask = pad([row[:length] for row in ids], length, special.pad_id, side="right")
+    target_mask = mask & (np.arange(length)[None, :] >= np.array(prompt_sizes)[:, None])
+    return ExampleSet(tokens, mask, target_mask, num_cut=sum(len(row) > length for row in ids))
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,8 @@ from ppo_jax.metrics import atomic_write, read_jsonl
 _COLORS = ("#2563a8", "#d1702a", "#3f8f5b", "#8a4fa0")
 _INK, _FAINT = "#333333", "#e4e4e4"
 _LIMIT_COLOR = "#b03030"
-_SMOOTH_FROM = 100  # rows; more than these, and a running mean is drawn over the faint values
+_DOTS_UP_TO = 40  # values in a line
+_SMOOTH_FROM = 100  # values in a line
 _TICK_STEPS = (1, 2, 2.5, 5, 10)
 _LOG_FLOOR = 1e-9  # stands for zero on a logarithmic axis
 
@@ -82,9 +83,9 @@ def plot_curves(
 ) -> None:
     """Draws the metrics of a run against its iterations; panels without any data are left out.
 
-    The file appears whole or not at all. Missing and null values make gaps. Of more
-    than 100 rows a running mean is drawn over the faint values; logarithmic panels always show each value. matplotlib's
-    global state is not touched.
+    The file appears whole or not at all. Lines go on over missing and null values (a
+    metric may come every tenth iteration). Over more than 100 values their running mean is drawn, except on logarithmic
+    axes. matplotlib's global state is not touched.
 
     Args:
         metrics: path of a metrics.jsonl, or its rows.
@@ -125,14 +126,12 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], steps: np
     _style(axes, panel)
     for (key, label), color in zip(panel.lines, itertools.cycle(_COLORS), strict=False):
         values = _column(rows, key)
-        if not np.isfinite(values).any():
-            continue
-        if panel.log:
-            values = np.where(values < _LOG_FLOOR, _LOG_FLOOR, values)
+        known = np.isfinite(values)
         if panel.log:  # dots alone: between zero and the rest a line says nothing
-            axes.plot(steps, values, color=color, linestyle="", marker="o", markersize=2.5, label=label)
-        else:
-            _draw_line(axes, steps, values, color, label)
+            values = np.maximum(values, _LOG_FLOOR)
+            axes.plot(steps[known], values[known], color=color, linestyle="", marker="o", markersize=2.5, label=label)
+        elif known.any():
+            _draw_line(axes, steps[known], values[known], color, label)
     if panel.band is not None:
         center, spread = _column(rows, panel.lines[0][0]), _column(rows, panel.band)
         axes.fill_between(steps, center - spread, center + spread, color=_COLORS[0], alpha=0.15, linewidth=0)
@@ -153,7 +152,7 @@ def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, la
         axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.3)
         axes.plot(steps, _running_mean(values, len(values) // 25), color=color, linewidth=1.5, label=label)
     else:
-        marker = "o" if len(steps) <= 40 else ""
+        marker = "o" if len(steps) <= _DOTS_UP_TO else ""
         axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=2.5, label=label)
 
 
@@ -168,11 +167,9 @@ def _draw_limit(axes: Axes, limit: float, log: bool) -> None:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values within a window around each; NaN where the value itself is missing."""
-    finite, ones = np.isfinite(values), np.ones(window)
-    sums = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
-    counts = np.convolve(finite.astype(np.float64), ones, mode="same")
-    return np.where(finite, sums / np.maximum(counts, 1.0), math.nan)
+    """Mean of the values in a window around each; the window is shorter at both ends."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones_like(values), ones, mode="same")
 
 
 def _style(axes: Axes, panel: Panel) -> None:

@@ -105,6 +105,7 @@ def make_experience(
         "objective/score": jnp.mean(scores),
         "objective/score_std": jnp.std(scores),
         "objective/kl": jnp.mean(kl),
+        "objective/ref_nll": -masked_mean(ref_logprobs, mask),
         "objective/kl_coef": kl_coef,
         "objective/reward": jnp.mean(jnp.sum(rewards, axis=1)),
         "objective/length": jnp.mean(lengths.astype(jnp.float32)),
@@ -205,14 +206,17 @@ def update(
 class TrainStep(NamedTuple):
     """The compiled programs of an iteration.
 
-    `iterate(state, ref_params, prompts) -> (state, metrics, experience, scores)` is the whole iteration as one program; it
-    exists when the score is JAX. With a score on the host it is None and the caller runs
-    `act(state, prompts) -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`.
-    The state that goes into `iterate` and `learn` is donated: use the one that comes out.
+    With a score in pure JAX the whole iteration is one program, `iterate(state, ref_params, prompts) -> (state, metrics,
+    experience, scores)`. With a score on the host `iterate` and `score` are None and the caller runs `act(state, prompts)
+    -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`. The state that goes into
+    `iterate` and `learn` is donated: use the one that comes out. `measure(state, ref_params, rollout, scores) -> metrics`
+    looks at a rollout without learning from it.
     """
 
     act: Callable[[TrainState, Prompts], Rollout]
     learn: Callable[[TrainState, Params, Rollout, jax.Array], tuple[TrainState, Metrics]]
+    measure: Callable[[TrainState, Params, Rollout, jax.Array], Metrics]
+    score: Callable[[Rollout], jax.Array] | None
     iterate: Callable[[TrainState, Params, Prompts], tuple[TrainState, Metrics, Experience, jax.Array]] | None
 
 
@@ -261,6 +265,9 @@ def make_train_step(
         state = TrainState(state.step + 1, params, opt_state, state.key, kl_coef)
         return state, metrics | update_metrics
 
+    def measure(state: TrainState, ref_params: Params, rollout: Rollout, scores: jax.Array) -> Metrics:
+        return make_experience(model, ref_params, rollout, scores, state.kl_coef, config, sampling)[1]
+
     def learn(state: TrainState, ref_params: Params, rollout: Rollout, scores: jax.Array) -> tuple[TrainState, Metrics]:
         experience, metrics = make_experience(model, ref_params, rollout, scores, state.kl_coef, config, sampling)
         return improve(state, experience, metrics)
@@ -282,6 +289,12 @@ def make_train_step(
             out_shardings=(at.state, at.replicated),
             donate_argnames="state",
         ),
+        measure=jax.jit(
+            measure,
+            in_shardings=(at.state, at.ref_params, at.batch, at.batch),
+            out_shardings=at.replicated,
+        ),
+        score=score and jax.jit(score, in_shardings=(at.batch,), out_shardings=at.batch),
         iterate=score
         and jax.jit(
             iterate,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.errors import check
 from ppo_jax.models import ActorCritic, Cache, causal_mask, empty_cache, positions_of
 from ppo_jax.numerics import logprobs_and_entropy
 from ppo_jax.types import Params, Prompts, Rollout
@@ -17,7 +18,7 @@ class SamplingConfig:
     """How the next token is chosen.
 
     Raises:
-        ValueError: a field outside its range.
+        InputError: a field outside its range.
     """
 
     max_new_tokens: int
@@ -30,16 +31,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
-        checks = {
+        ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "a number in (0, 1]"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
         }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
+        for name, (holds, expected) in ranges.items():
+            check(name, getattr(self, name), holds, expected)
 
 
 def policy_logits(logits: jax.Array, positions: jax.Array, sampling: SamplingConfig) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ppo_jax.errors import InputError
 from ppo_jax.types import Params, TrainState
 
 AXES = ("data", "fsdp", "tensor")
@@ -41,14 +42,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over the first data x fsdp x tensor devices; `data=-1` takes all that are left.
 
     Raises:
-        ValueError: more devices than there are, or sizes that do not divide them.
+        InputError: more devices than there are, or sizes that do not divide them.
     """
     available = jax.device_count()
     if data == -1:
         data = max(1, available // (fsdp * tensor))
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or math.prod(sizes) > available:
-        raise ValueError(f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected at most {available} devices")
+        raise InputError(f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected at most {available} devices")
     devices = jax.devices()[: math.prod(sizes)]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ppo_jax.errors import InputError
 
-class TokenizerError(ValueError):
+
+class TokenizerError(InputError):
     """A tokenizer that cannot be used as it is; the message says what is missing and which setting gives it."""
 
 

@@ -39,6 +39,16 @@ class Prompts(_Replaceable):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Examples(_Replaceable):
+    """A batch of texts to learn from, padded right."""
+
+    tokens: jax.Array  # [B, S] int32
+    mask: jax.Array  # [B, S] bool: real tokens
+    target_mask: jax.Array  # [B, S] bool: tokens that the model is to predict (a completion, without its prompt)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rollout(_Replaceable):
     """What acting leaves behind: prompts with sampled responses, and what the policy thought of each token.
 

@@ -1,8 +1,8 @@
 """`config.json` to `ModelConfig` and back. What a key would change and we cannot compute is an error, never ignored.
 
-Every key is one of four: it sets a field (`Family.keys`), it must have a value that we compute (`Family.only`, `ONLY`), it
-is known to change no logit (`Family.irrelevant`, `IRRELEVANT`), or it is unknown. Unknown keys that are null, false or
-empty are options that are switched off; any other is refused by name.
+Every key is one of four: it sets a field (`Family.keys`); it must have a value that we compute (`Family.only`, `ONLY`);
+it is known to change no logit (`Family.irrelevant`, `IRRELEVANT`); or it is unknown. An unknown key that is null,
+false, zero or empty is an option that is switched off; any other is refused by name.
 """
 
 import json
@@ -10,34 +10,35 @@ import math
 import pathlib
 import reprlib
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import ACTIVATIONS, FAMILIES, REQUIRED, Family, Key, family_that_holds
+from ppo_jax.hub.families import ACTIVATIONS, FAMILIES, REQUIRED, Family, Key, family_that_holds, words
 from ppo_jax.models.config import ModelConfig
 
-ONLY: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_causal": (True,)}
-)
+ONLY: Mapping[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_causal": (True,),
+}
 """Keys of every family, with the values that we can compute."""
 
-IRRELEVANT = frozenset(
+IRRELEVANT = words(
     # what the file is, and for whom
     "model_type architectures transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash "
     "_attn_implementation _attn_implementation_autoset _from_model_config transformers.js_config unsloth_version "
-    "unsloth_fixed tokenizer_class "
+    "unsloth_fixed tokenizer_class",
     # how it is run and what is returned
     "use_cache output_hidden_states output_attentions return_dict torchscript use_bfloat16 is_decoder "
-    "gradient_checkpointing chunk_size_feed_forward "
+    "gradient_checkpointing chunk_size_feed_forward",
     # tokens and generation
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id task_specific_params prefix "
     "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
     "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences "
     "encoder_no_repeat_ngram_size bad_words_ids output_scores return_dict_in_generate forced_bos_token_id "
-    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
     # classification heads, which a causal language model has not
-    "id2label label2id num_labels _num_labels problem_type finetuning_task".split()
+    "id2label label2id num_labels _num_labels problem_type finetuning_task",
 )
 """Keys of every family that change no logit."""
 
@@ -153,16 +154,16 @@ def _read(raw: Mapping[str, Any], key: Key, where: object) -> Any:
 
 
 def _refuse_what_we_cannot_compute(raw: Mapping[str, Any], family: Family, where: object) -> None:
-    only = ONLY | family.only
+    only = {**ONLY, **family.only}
     for name, allowed in only.items():
         value = raw.get(name)
         if value is not None and value not in allowed:
-            raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {', '.join(map(str, allowed))} is supported")
+            raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {allowed[0]} is supported")
     known = IRRELEVANT | family.irrelevant | {key.name for key in family.keys.values()} | only.keys()
-    unknown = {name: value for name, value in raw.items() if name not in known and value not in (None, False, {}, [], "")}
+    unknown = [name for name, value in raw.items() if value and name not in known]
     if unknown:
-        named = ", ".join(reprlib.repr(name) for name in list(unknown)[:5])
-        raise HubError(f"{where}: {named} not understood, and may change what the model computes; remove what changes nothing")
+        named = ", ".join(reprlib.repr(name) for name in unknown[:5])
+        raise HubError(f"{where}: not understood: {named}; it may change what the model computes (if not, remove it)")
 
 
 def _merge_rope(raw: Mapping[str, Any], where: object) -> dict[str, Any]:

@@ -10,7 +10,6 @@ A new family is a table, a `Family` and an entry of `FAMILIES`.
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ppo_jax.models.config import ModelConfig
@@ -65,6 +64,11 @@ class Family:
     irrelevant: frozenset[str]
 
 
+def words(*lines: str) -> frozenset[str]:
+    """All words of some lines."""
+    return frozenset(" ".join(lines).split())
+
+
 def _embedding(theirs: str, ours: str) -> tuple[Row, ...]:
     return (Row(f"{theirs}.weight", f"{ours}/embedding"),)
 
@@ -81,14 +85,12 @@ def _conv1d(theirs: str, ours: str) -> tuple[Row, ...]:
     return Row(f"{theirs}.weight", f"{ours}/kernel"), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
-ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
-        "gelu": ("gelu", "gelu_python"),
-        "silu": ("silu", "swish"),
-        "relu": ("relu",),
-    }
-)
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+    "gelu": ("gelu", "gelu_python"),
+    "silu": ("silu", "swish"),
+    "relu": ("relu",),
+}
 """Our activation -> theirs that are the same function; the first one is written."""
 
 GPT2 = Family(
@@ -107,33 +109,30 @@ GPT2 = Family(
         *_linear("lm_head", "lm_head"),
     ),
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-    keys=MappingProxyType(
-        {
-            "vocab_size": Key("vocab_size"),
-            "num_layers": Key("n_layer"),
-            "num_heads": Key("n_head"),
-            "width": Key("n_embd"),
-            "mlp_width": Key("n_inner", default=None),  # null: 4 x n_embd
-            "max_positions": Key("n_positions"),
-            "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
-            "activation": Key("activation_function", str, "gelu_new"),
-            "tie_embeddings": Key("tie_word_embeddings", bool, True),
-            "init_std": Key("initializer_range", float, 0.02),
-        }
-    ),
-    implied=MappingProxyType(
-        {
-            "positions": "learned",
-            "norm": "layernorm",
-            "gated_mlp": False,
-            "attention_bias": True,
-            "mlp_bias": True,
-        }
-    ),
-    only=MappingProxyType({"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}),
-    irrelevant=frozenset(
-        "attn_pdrop embd_pdrop resid_pdrop n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout "
-        "summary_proj_to_labels summary_type summary_use_proj".split()  # n_ctx: an old copy of n_positions
+    keys={
+        "vocab_size": Key("vocab_size"),
+        "num_layers": Key("n_layer"),
+        "num_heads": Key("n_head"),
+        "width": Key("n_embd"),
+        "mlp_width": Key("n_inner", default=None),  # null: 4 x n_embd
+        "max_positions": Key("n_positions"),
+        "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
+        "activation": Key("activation_function", str, "gelu_new"),
+        "tie_embeddings": Key("tie_word_embeddings", bool, True),
+        "init_std": Key("initializer_range", float, 0.02),
+    },
+    implied={
+        "positions": "learned",
+        "norm": "layernorm",
+        "gated_mlp": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+    irrelevant=words(
+        "attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn",
+        "n_ctx",  # an old copy of n_positions
+        "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
     ),
 )
 
@@ -155,45 +154,39 @@ LLAMA = Family(
         *_linear("lm_head", "lm_head"),
     ),
     ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
-    keys=MappingProxyType(
-        {
-            "vocab_size": Key("vocab_size"),
-            "num_layers": Key("num_hidden_layers"),
-            "num_heads": Key("num_attention_heads"),
-            "num_kv_heads": Key("num_key_value_heads", default=None),  # null: as many as query heads
-            "head_dim": Key("head_dim", default=None),  # null: hidden_size / num_attention_heads
-            "width": Key("hidden_size"),
-            "mlp_width": Key("intermediate_size"),
-            "max_positions": Key("max_position_embeddings"),
-            "norm_eps": Key("rms_norm_eps", float, 1e-6),
-            "activation": Key("hidden_act", str, "silu"),
-            "attention_bias": Key("attention_bias", bool, False),
-            "mlp_bias": Key("mlp_bias", bool, False),
-            "rope_theta": Key("rope_theta", float, 10_000.0),
-            "tie_embeddings": Key("tie_word_embeddings", bool, False),
-            "init_std": Key("initializer_range", float, 0.02),
-        }
-    ),
-    implied=MappingProxyType({"positions": "rotary", "norm": "rmsnorm", "gated_mlp": True}),
-    only=MappingProxyType({"pretraining_tp": (1,), "rope_interleaved": (False,), "partial_rotary_factor": (1,)}),
-    irrelevant=frozenset({"attention_dropout", "is_llama_config"}),
+    keys={
+        "vocab_size": Key("vocab_size"),
+        "num_layers": Key("num_hidden_layers"),
+        "num_heads": Key("num_attention_heads"),
+        "num_kv_heads": Key("num_key_value_heads", default=None),  # null: as many as query heads
+        "head_dim": Key("head_dim", default=None),  # null: hidden_size / num_attention_heads
+        "width": Key("hidden_size"),
+        "mlp_width": Key("intermediate_size"),
+        "max_positions": Key("max_position_embeddings"),
+        "norm_eps": Key("rms_norm_eps", float, 1e-6),
+        "activation": Key("hidden_act", str, "silu"),
+        "attention_bias": Key("attention_bias", bool, False),
+        "mlp_bias": Key("mlp_bias", bool, False),
+        "rope_theta": Key("rope_theta", float, 10_000.0),
+        "tie_embeddings": Key("tie_word_embeddings", bool, False),
+        "init_std": Key("initializer_range", float, 0.02),
+    },
+    implied={"positions": "rotary", "norm": "rmsnorm", "gated_mlp": True},
+    only={"pretraining_tp": (1,), "rope_interleaved": (False,), "partial_rotary_factor": (1,)},
+    irrelevant=words("attention_dropout is_llama_config"),
 )
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({"gpt2": GPT2, "llama": LLAMA})
+FAMILIES: Mapping[str, Family] = {"gpt2": GPT2, "llama": LLAMA}
 """`model_type` of `config.json` -> family."""
 
 
 def family_that_holds(config: ModelConfig) -> str | None:
     """The first `model_type` whose files can express this model, or None."""
+    if config.width % config.num_heads:
+        return None  # their classes refuse it, even where head_dim is given
+    derived = {"num_kv_heads": config.num_heads, "head_dim": config.width // config.num_heads}
     for model_type, family in FAMILIES.items():
-        if all(getattr(config, field) == value for field, value in family.implied.items()) and _expressible(family, config):
+        unsaid = {field: value for field, value in derived.items() if field not in family.keys}
+        if all(getattr(config, field) == value for field, value in {**family.implied, **unsaid}.items()):
             return model_type
     return None
-
-
-def _expressible(family: Family, config: ModelConfig) -> bool:
-    """Whether fields that the family has no key for have the value that it derives, and its class accepts the sizes."""
-    if config.width % config.num_heads:
-        return False
-    derived = {"num_kv_heads": config.num_heads, "head_dim": config.width // config.num_heads}
-    return all(getattr(config, field) == value for field, value in derived.items() if field not in family.keys)

@@ -5,9 +5,10 @@ Pickles (`pytorch_model.bin` and its kin) are refused by name: to read one is to
 
 import contextlib
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -18,6 +19,14 @@ from ppo_jax.hub.errors import HubError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Writable(NamedTuple):
+    """A tensor to be written: what the header says at once, the data when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -68,30 +77,32 @@ def _shards(folder: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
     return shards
 
 
-def write_weights(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+def write_weights(path: pathlib.Path, tensors: Mapping[str, Writable]) -> None:
     """Writes one safetensors file, its names sorted: the same tensors give the same bytes.
 
     Source: the format, huggingface/safetensors README: 8 bytes length, a JSON header padded with blanks, the data.
 
     Args:
         path: the file.
-        tensors: name -> something with `shape`, `dtype` and `read()`, which gives the array.
+        tensors: by name.
+
+    Raises:
+        HubError: a dtype that is not float32, float16 or bfloat16.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        dtype = np.dtype(tensor.dtype)
-        if dtype.name not in _CODES:
-            raise HubError(f"save: {name} has dtype {dtype.name}, expected one of {', '.join(_CODES)}")
-        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        if tensor.dtype.name not in _CODES:
+            raise HubError(f"save: {name} has dtype {tensor.dtype.name}, expected one of {', '.join(_CODES)}")
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _CODES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(tensors):
-            file.write(np.ascontiguousarray(tensors[name].read()).view(np.uint8).data)
+            file.write(np.ascontiguousarray(tensors[name].read()).reshape(-1).view(np.uint8).data)
 
 
 def listed(names: Any, limit: int = 3) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.errors import InputError
+
 
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Replaces a file's content: after a crash at any moment the old or the new content is there, never a mixture.
@@ -81,7 +83,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Reads all objects of a JSON Lines file, a torn last line and blank lines left out.
 
     Raises:
-        ValueError: another line is not a JSON object; the message has the file and the line number.
+        InputError: another line is not a JSON object; the message has the file and the line number.
     """
     return [row for _, _, row in _lines(Path(path))]
 
@@ -100,7 +102,7 @@ def truncate_jsonl(path: str | Path, key: str, limit: float) -> int:
         The number of whole rows that were dropped.
 
     Raises:
-        ValueError: a row has no number under `key`, or is not a JSON object; the message has the file and the line.
+        InputError: a row has no number under `key`, or is not a JSON object; the message has the file and the line.
     """
     path = Path(path)
     if not path.exists():
@@ -109,7 +111,7 @@ def truncate_jsonl(path: str | Path, key: str, limit: float) -> int:
     for number, line, row in _lines(path):
         value = row.get(key)
         if not isinstance(value, int | float):
-            raise ValueError(f"{path}:{number}: expected a number under {key!r}, got {value!r}")
+            raise InputError(f"{path}:{number}: expected a number under {key!r}, got {value!r}")
         if value >= limit:
             dropped += 1
         else:
@@ -130,7 +132,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
             if row is not None:
                 yield number, line, row
             elif line.endswith(b"\n"):
-                raise ValueError(f"{path}:{number}: expected a JSON object, got {_excerpt(line)}")
+                raise InputError(f"{path}:{number}: expected a JSON object, got {_excerpt(line)}")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from ppo_jax.errors import InputError
 from ppo_jax.metrics.jsonl import JsonlWriter, atomic_write, read_jsonl, truncate_jsonl
 
 KNOWN_TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -164,12 +165,12 @@ def make_writers(
         One writer for all.
 
     Raises:
-        ValueError: a tracker is unknown, or its package is not installed.
+        InputError: a tracker is unknown, or its package is not installed.
     """
     trackers = tuple(dict.fromkeys(trackers))
     for name in trackers:
         if name not in KNOWN_TRACKERS:
-            raise ValueError(f"unknown tracker {name!r}; the known ones are {', '.join(KNOWN_TRACKERS)}")
+            raise InputError(f"unknown tracker {name!r}; the known ones are {', '.join(KNOWN_TRACKERS)}")
     modules = {name: _import_tracker(name) for name in trackers if name != "tensorboard"}
 
     workdir = Path(workdir)
@@ -200,9 +201,9 @@ def _import_tracker(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise  # installed, but one of its own dependencies is not
-        raise ValueError(missing) from None
+        raise InputError(missing) from None
     if not hasattr(module, "init"):  # a folder ./wandb, which wandb itself makes, imports as an empty package
-        raise ValueError(missing)
+        raise InputError(missing)
     return module
 
 
@@ -225,7 +226,7 @@ def _tracker_runs(workdir: Path, names: Sequence[str], run_name: str, start_step
     path, metrics_path = workdir / "trackers.json", workdir / "metrics.jsonl"
     runs = json.loads(path.read_text()) if path.exists() else {}
     rows = read_jsonl(metrics_path) if metrics_path.exists() else []
-    logged = 1 + max((row[STEP_KEY] for row in rows), default=-1)
+    logged = 1 + max((row.get(STEP_KEY, -1) for row in rows), default=-1)
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_name)[:64].strip("-")
     for name in names:
         if name in runs:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from ppo_jax.errors import check
+
 _CHOICES = {
     "positions": ("learned", "rotary"),
     "norm": ("layernorm", "rmsnorm"),
@@ -19,7 +21,7 @@ class ModelConfig:
     """A decoder-only transformer with pre-normalisation. The defaults are Llama's choices.
 
     Raises:
-        ValueError: a field outside its range, by name, with its value and what was expected.
+        InputError: a field outside its range, by name, with its value and what was expected.
     """
 
     vocab_size: int
@@ -47,16 +49,12 @@ class ModelConfig:
         """Fills the derived defaults in and refuses what cannot be."""
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         if not self.head_dim and self.num_heads > 0:
-            if self.width % self.num_heads:
-                raise ValueError(f"width: got {self.width}, expected a multiple of num_heads ({self.num_heads})")
+            check("width", self.width, self.width % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})")
             object.__setattr__(self, "head_dim", self.width // self.num_heads)
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+            check(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of num_heads ({self.num_heads})")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}, expected an even number for rotary positions")
+            check(name, getattr(self, name), getattr(self, name) in allowed, "one of " + ", ".join(allowed))
+        kv_heads, head_dim = self.num_kv_heads, self.head_dim
+        check("num_kv_heads", kv_heads, self.num_heads % kv_heads == 0, f"a divisor of num_heads ({self.num_heads})")
+        check("head_dim", head_dim, self.positions == "learned" or head_dim % 2 == 0, "an even number for rotary positions")

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.errors import InputError
 from ppo_jax.models.config import ModelConfig
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -257,10 +258,10 @@ class Decoder(nn.Module):
             (hidden `[B, T, D]` after the final norm, the cache with the new tokens).
 
         Raises:
-            ValueError: (at trace time) more slots than the model has positions.
+            InputError: (at trace time) more slots than the model has positions.
         """
         if mask.shape[-1] > self.config.max_positions:
-            raise ValueError(
+            raise InputError(
                 f"sequence length: got {mask.shape[-1]} tokens (prompt and response), "
                 f"expected at most the model's {self.config.max_positions} positions"
             )

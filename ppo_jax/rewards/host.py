@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from ppo_jax.errors import InputError
+
 HostReward = Callable[..., Sequence[float]]
 """`reward(prompts, completions, **columns) -> list[float]`: lists of B texts; `columns` holds the data's other columns."""
 
 
-class RewardError(RuntimeError):
+class RewardError(InputError):
     """A reward function failed or returned something that is not B finite numbers; names the prompts that did it."""
 
 

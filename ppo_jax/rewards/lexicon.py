@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ppo_jax.errors import InputError
 from ppo_jax.types import Rollout
 
 
@@ -24,14 +25,14 @@ def make_lexicon_score(
         `score(rollout) -> [B]` float32.
 
     Raises:
-        ValueError: a word that the tokenizer splits.
+        InputError: a word that the tokenizer splits.
     """
     weights = np.zeros(len(tokenizer), np.float32)
     for words, weight in ((positive, 1.0), (negative, -1.0)):
         for word in sorted(words):
             ids = tokenizer.encode(" " + word, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise ValueError(f"lexicon: got {word!r}, which the tokenizer splits or does not know; expected a single token")
+                raise InputError(f"lexicon: got {word!r}, which the tokenizer splits or does not know; expected a single token")
             weights[ids[0]] = weight
 
     def score(rollout: Rollout) -> jax.Array:

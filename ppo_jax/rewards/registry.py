@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ppo_jax.errors import InputError
 from ppo_jax.rewards.host import HostReward
 from ppo_jax.rewards.sentiment import vader
 
@@ -27,21 +28,25 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Callable
         (the judge, whether it is pure JAX).
 
     Raises:
-        ValueError: nothing of that name.
+        InputError: nothing of that name.
     """
     in_program = spec.startswith("jax:")
     target = spec.removeprefix("jax:")
     if not in_program and target in HOST_REWARDS:
+        try:
+            HOST_REWARDS[target]([], [])  # what it needs and is not installed shows itself now, not after the first rollout
+        except ImportError as error:
+            raise InputError(f"config.reward: {error}") from error
         return HOST_REWARDS[target], False
     module_name, _, function_name = target.rpartition(":")
     if not module_name or not function_name:
-        raise ValueError(
+        raise InputError(
             f"config.reward: got {spec!r}, expected one of {', '.join(HOST_REWARDS)}, FILE.py:function or package.module:function, "
             "each of the last two after jax: if the function makes a JAX score"
         )
     function = getattr(_import(spec, module_name), function_name, None)
     if not callable(function):
-        raise ValueError(f"config.reward: got {spec!r}, but {module_name} has no function {function_name!r}")
+        raise InputError(f"config.reward: got {spec!r}, but {module_name} has no function {function_name!r}")
     return (function(tokenizer), True) if in_program else (function, False)
 
 
@@ -51,14 +56,14 @@ def _import(spec: str, name: str) -> object:
         try:
             return importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"config.reward: got {spec!r}, but module {name} cannot be imported: {error}") from error
+            raise InputError(f"config.reward: got {spec!r}, but module {name} cannot be imported: {error}") from error
     if not path.is_file():
-        raise ValueError(f"config.reward: got {spec!r}, but there is no file {name}")
+        raise InputError(f"config.reward: got {spec!r}, but there is no file {name}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules.setdefault(path.stem, module)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the file is the user's, and may raise anything
-        raise ValueError(f"config.reward: {name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise InputError(f"config.reward: {name} cannot be imported: {type(error).__name__}: {error}") from error
     return module

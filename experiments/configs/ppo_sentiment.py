@@ -1,0 +1,29 @@
+"""PPO towards positive sentiment: the field's "hello world" (Ziegler et al. 2019; TRL's first example).
+
+GPT-2 continues the beginnings of film reviews, VADER's compound score judges the continuation:
+
+    pip install "ppo_jax[eval,data]"
+    python experiments/train_ppo.py --config=experiments/configs/ppo_sentiment.py --workdir=runs/sentiment
+"""
+
+import ml_collections
+
+from experiments.settings import PPOExperiment, defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The settings."""
+    config = defaults(PPOExperiment)
+    config.model = "gpt2"
+    config.prompts = "stanfordnlp/imdb"
+    config.long_prompts = "keep_start"
+    config.reward = "vader"
+    config.num_iterations = 40
+    config.ppo.batch_size = 64
+    config.ppo.prompt_length = 32
+    config.ppo.response_length = 48
+    config.ppo.num_epochs = 2
+    config.ppo.num_minibatches = 4
+    config.ppo.lr = 1e-4
+    config.ppo.kl_coef = 0.02
+    return config

@@ -1,0 +1,72 @@
+"""From nothing to a fine-tuned language model in one command, offline: write a corpus, pretrain on it, then PPO.
+
+    python experiments/rlhf.py --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+
+Each stage has its folder in the workdir (corpus/ pretrain/ ppo/). The same command again goes on where the run stopped, and
+passes over what is done.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import cli, train_ppo, train_sft
+from experiments.results import results_page
+from experiments.reviews import sentence_fraction, train_tokenizer, write_corpus
+from experiments.settings import RLHFExperiment
+from ppo_jax.errors import InputError
+from ppo_jax.metrics import atomic_write, read_jsonl
+from ppo_jax.runs import open_run
+
+
+def write_data(settings: RLHFExperiment, folder: Path) -> None:
+    """The corpus of generated reviews, and a tokenizer trained on it; a pure function of the settings."""
+    if open_run(folder, dataclasses.asdict(settings.corpus)) and (folder / "tokenizer").is_dir():
+        return
+    corpus = settings.corpus
+    write_corpus(folder, corpus.num_train, corpus.num_heldout, corpus.num_prompts, corpus.seed)
+    texts = [row["text"] for row in read_jsonl(folder / "train.jsonl")]
+    tokenizer = train_tokenizer(texts, corpus.vocab_size)
+    tokenizer.save_pretrained(folder / "tokenizer.partial")
+    (folder / "tokenizer.partial").rename(folder / "tokenizer")
+
+
+def main(settings: RLHFExperiment, workdir: Path | None, is_dry_run: bool) -> None:
+    """Walks the stages; those that are done already take no time."""
+    if is_dry_run:
+        raise InputError("--dry_run: a stage can be planned once the one before it has run; use train_sft.py or train_ppo.py")
+    corpus = workdir / "corpus"
+    write_data(settings, corpus)
+
+    print(f"pretraining: {workdir / 'pretrain'}", flush=True)
+    pretrain = dataclasses.replace(
+        settings.pretrain,
+        data=settings.pretrain.data or str(corpus / "train.jsonl"),
+        heldout=settings.pretrain.heldout or str(corpus / "heldout.jsonl"),
+        tokenizer=settings.pretrain.tokenizer or str(corpus / "tokenizer"),
+    )
+    pretrained = train_sft.train(train_sft.prepare(pretrain), workdir / "pretrain")
+    print(f"held-out perplexity: {pretrained['heldout/perplexity']:.2f} a token", flush=True)
+
+    print(f"PPO: {workdir / 'ppo'}", flush=True)
+    ppo = dataclasses.replace(
+        settings.ppo,
+        model=settings.ppo.model or str(workdir / "pretrain" / "model"),
+        prompts=settings.ppo.prompts or str(corpus / "prompts.jsonl"),
+    )
+    results = train_ppo.train(train_ppo.prepare(ppo), workdir / "ppo")
+    page = results_page(results, workdir / "ppo", ppo.kl_limit) + quality(workdir)
+    atomic_write(workdir / "results.md", page.encode())
+    print(page)
+
+
+def quality(workdir: Path) -> str:
+    """How far the score went, and how much of the text is still sentences of the corpus's grammar, as Markdown."""
+    rows = read_jsonl(workdir / "ppo" / "responses.jsonl")
+    share = {
+        when: sum(sentence_fraction(f"{row['prompt']} {row[when]}") for row in rows) / len(rows) for when in ("before", "after")
+    }
+    return f"Complete sentences that the grammar of the corpus accepts: {share['before']:.1%} before, {share['after']:.1%} after.\n"
+
+
+if __name__ == "__main__":
+    cli.launch(RLHFExperiment, main)

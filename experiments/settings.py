@@ -1,0 +1,186 @@
+"""The settings of each experiment script: frozen dataclasses, and their way to and from an ml_collections ConfigDict.
+
+A file in `experiments/configs/` starts from the defaults here:
+
+    def get_config():
+        config = defaults(PPOExperiment)
+        config.model = "gpt2"
+        return config
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import ml_collections
+
+from ppo_jax.config import PPOConfig, option
+from ppo_jax.data import LONG_PROMPTS
+from ppo_jax.errors import InputError, check
+from ppo_jax.models import ModelConfig
+from ppo_jax.optim import LR_SCHEDULES
+
+Settings = TypeVar("Settings")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """How the devices are arranged."""
+
+    data: int = option(-1, "devices that split the batch; -1: all that are left")
+    fsdp: int = option(1, "devices that split the batch and the parameters")
+    tensor: int = option(1, "devices that split each matrix product")
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOExperiment:
+    """Settings of `experiments/train_ppo.py`."""
+
+    model: str = option("", "the pretrained model: a Hugging Face folder, or a name on the hub")
+    prompts: str = option("", "a JSONL file or a Hugging Face dataset with a column prompt, messages or text")
+    prompts_split: str = option("train", "split of a Hugging Face dataset")
+    long_prompts: str = option("drop", "prompts longer than ppo.prompt_length: " + ", ".join(LONG_PROMPTS))
+    reward: str = option("", "vader, FILE.py:function or package.module:function; the last two after jax: for a JAX score")
+    seed: int = option(0, "of sampling, shuffling and the data's order")
+    num_iterations: int = option(40, "rollouts, each followed by ppo.num_epochs passes of updates")
+    checkpoint_every: int = option(10, "iterations between checkpoints; the last one is always saved")
+    checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
+    samples_every: int = option(10, "iterations between tables of samples")
+    num_samples: int = option(4, "prompts and responses in such a table")
+    kl_limit: float = option(0.0, "nats a sequence; training stops when the KL to the reference is above it; 0: no limit")
+    eval_prompts: int = option(256, "prompts answered before and after training, for the page of results")
+    dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
+    pad_token: str = option("", "overrides the tokenizer's")
+    eos_token: str = option("", "overrides the tokenizer's")
+    trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        check("long_prompts", self.long_prompts, self.long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
+        check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        for name in "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts".split():
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("kl_limit", self.kl_limit, self.kl_limit >= 0, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTExperiment:
+    """Settings of `experiments/train_sft.py`."""
+
+    model: str = option("", "start from this Hugging Face folder or hub name; empty: a new model, as in `architecture`")
+    tokenizer: str = option("", "folder or hub name of the tokenizer; empty: the model's")
+    data: str = option("", "a JSONL file or a Hugging Face dataset with a column text, or columns prompt and completion")
+    data_split: str = option("train", "split of a Hugging Face dataset")
+    heldout: str = option("", "the same, for perplexity; empty: the last heldout_frac of the data")
+    heldout_frac: float = option(0.05, "share of the data held out when there is no heldout")
+    length: int = option(256, "slots for a text, in tokens; what is longer is cut")
+    seed: int = option(0, "of initialisation and the data's order")
+    num_steps: int = option(1000, "gradient steps")
+    batch_size: int = option(32, "texts a step")
+    lr: float = option(3e-4, "peak learning rate of Adam")
+    lr_schedule: str = option("cosine", "after the warm-up: " + ", ".join(LR_SCHEDULES))
+    warmup_steps: int = option(50, "steps over which the learning rate rises linearly from 0")
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this global norm")
+    log_every: int = option(10, "steps between rows of metrics")
+    eval_every: int = option(200, "steps between held-out perplexities; also after the last step")
+    checkpoint_every: int = option(200, "steps between checkpoints; the last one is always saved")
+    checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
+    dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
+    pad_token: str = option("", "overrides the tokenizer's")
+    eos_token: str = option("", "overrides the tokenizer's")
+    trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+    architecture: "Architecture" = dataclasses.field(default_factory=lambda: Architecture())
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
+        check("heldout_frac", self.heldout_frac, 0 < self.heldout_frac < 1, "a number in (0, 1)")
+        check("length", self.length, self.length >= 2, "at least 2")
+        check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        for name in "num_steps batch_size log_every eval_every checkpoint_every checkpoints_to_keep".split():
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in "lr max_grad_norm".split():
+            check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+        check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A new Llama-style model; its vocabulary is the tokenizer's."""
+
+    num_layers: int = option(4, "layers")
+    num_heads: int = option(4, "query heads")
+    num_kv_heads: int = option(4, "key/value heads; a divisor of num_heads")
+    width: int = option(128, "of the residual stream")
+    mlp_width: int = option(384, "of the gated MLP")
+    max_positions: int = option(256, "longest sequence, in tokens")
+
+    def model_config(self, vocab_size: int, dtype: str) -> ModelConfig:
+        """The model over a vocabulary."""
+        return ModelConfig(vocab_size=vocab_size, dtype=dtype, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSettings:
+    """The reviews that `experiments/reviews.py` generates."""
+
+    num_train: int = option(8000, "reviews to pretrain on")
+    num_heldout: int = option(500, "reviews for held-out perplexity")
+    num_prompts: int = option(1024, "openings of reviews, the prompts of PPO")
+    vocab_size: int = option(1024, "most words of the tokenizer")
+    seed: int = option(0, "of the grammar")
+
+
+@dataclasses.dataclass(frozen=True)
+class RLHFExperiment:
+    """Settings of `experiments/rlhf.py`. What is left empty in a stage (data, model, prompts) comes from the stage before."""
+
+    corpus: CorpusSettings = dataclasses.field(default_factory=CorpusSettings)
+    pretrain: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
+    ppo: PPOExperiment = dataclasses.field(default_factory=PPOExperiment)
+
+
+def defaults(kind: type) -> ml_collections.ConfigDict:
+    """A ConfigDict of the defaults of a settings dataclass, nested ones included; what has to be named is still empty."""
+    return ml_collections.ConfigDict(
+        {
+            field.name: defaults(_kind(field)) if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(kind)
+        }
+    )
+
+
+def from_config_dict(kind: type[Settings], config: ml_collections.ConfigDict) -> Settings:
+    """The settings dataclass of a ConfigDict, checked.
+
+    Raises:
+        InputError: a field that is missing or unknown, or whose value is refused.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(config) - set(fields)):
+        raise InputError(f"config: unknown field {unknown[0]!r}, expected some of {', '.join(fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in config:
+            value = config[name]
+            values[name] = from_config_dict(_kind(field), value) if isinstance(value, ml_collections.ConfigDict) else value
+    return kind(**values)
+
+
+def describe(kind: type, config: ml_collections.ConfigDict, prefix: str = "config.") -> list[tuple[str, Any, str]]:
+    """(name, value, help) of every field, for `--print_config`."""
+    rows = []
+    for field in dataclasses.fields(kind):
+        value = config[field.name]
+        if isinstance(value, ml_collections.ConfigDict):
+            rows += describe(_kind(field), value, f"{prefix}{field.name}.")
+        else:
+            rows.append((prefix + field.name, value, field.metadata["help"]))
+    return rows
+
+
+def _kind(field: dataclasses.Field) -> type:
+    return type(field.default_factory())

@@ -1,0 +1,330 @@
+"""PPO fine-tuning of a causal language model.
+
+    python experiments/train_ppo.py --config=experiments/configs/ppo_sentiment.py --workdir=runs/sentiment
+
+The workdir gets config.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoints/, and at the end policy/ (a
+Hugging Face folder), curves.png, results.json, responses.jsonl (the evaluation prompts, answered before and after) and
+results.md. The same command again goes on where the run stopped.
+"""
+
+import dataclasses
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from experiments import cli
+from experiments.results import curves, print_costs, results_page
+from experiments.settings import PPOExperiment
+from ppo_jax import hub
+from ppo_jax.checkpoint import Checkpointer
+from ppo_jax.data import PromptSet, batch_indices, load_prompts
+from ppo_jax.errors import InputError, check
+from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
+from ppo_jax.models import ActorCritic
+from ppo_jax.optim import make_optimizer, make_schedule
+from ppo_jax.planning import count_parameters, program_cost
+from ppo_jax.plots import plot_curves
+from ppo_jax.ppo import TrainStep, init_state, make_train_step
+from ppo_jax.rewards import call_reward, load_reward
+from ppo_jax.runs import open_run, write_json
+from ppo_jax.sampling import SamplingConfig
+from ppo_jax.sharding import Shardings, make_mesh, make_shardings
+from ppo_jax.tokenizers import decode_responses, load_tokenizer, special_tokens
+from ppo_jax.types import Metrics, Params, Prompts, Rollout, TrainState
+
+MAY_CHANGE = ("checkpoint_every", "checkpoints_to_keep", "samples_every", "num_samples", "eval_prompts", "trackers")
+"""Fields that a restart may change: they do not touch the training. So may `num_iterations` under a constant rate."""
+
+
+class Setup(NamedTuple):
+    """Everything that training needs; made before anything is written, so that bad input leaves nothing behind."""
+
+    settings: PPOExperiment
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    model: ActorCritic
+    sampling: SamplingConfig
+    shardings: Shardings
+    state: TrainState  # before the first iteration
+    ref_params: Params
+    step: TrainStep
+    schedule: Any  # gradient step -> learning rate
+    reward: Any  # the host reward; None when the score is compiled into `step.iterate`
+
+
+def prepare(settings: PPOExperiment) -> Setup:
+    """Loads and checks all inputs, and builds (without compiling) the programs.
+
+    Raises:
+        InputError: any of the inputs cannot be used.
+    """
+    config = settings.ppo
+    folder = hub.resolve(settings.model)
+    model_config = hub.load_config(folder, dtype=settings.dtype)
+    tokenizer = load_tokenizer(folder)
+    special = special_tokens(tokenizer, hub.load_eos_ids(folder), settings.pad_token, settings.eos_token)
+    length = config.prompt_length + config.response_length
+    check(
+        "config.ppo.prompt_length + response_length", length, length <= model_config.max_positions,
+        f"at most the model's {model_config.max_positions} positions",
+    )  # fmt: skip
+    prompts = load_prompts(
+        settings.prompts, tokenizer, special.pad_id, config.prompt_length, settings.long_prompts, settings.prompts_split
+    )
+    judge, in_program = load_reward(settings.reward, tokenizer)
+    mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    minibatch = config.batch_size // config.num_minibatches
+    check("config.ppo.batch_size / num_minibatches", minibatch, minibatch % shares == 0, f"a multiple of mesh data x fsdp ({shares})")
+
+    model = ActorCritic(model_config)
+    sampling = SamplingConfig(
+        max_new_tokens=config.response_length,
+        eos_ids=special.eos_ids,
+        pad_id=special.pad_id,
+        temperature=config.temperature,
+        min_new_tokens=config.min_new_tokens,
+    )
+    per_iteration = config.updates_per_iteration
+    schedule = make_schedule(
+        config.lr,
+        config.lr_schedule,
+        warmup_steps=config.warmup_iterations * per_iteration,
+        num_steps=settings.num_iterations * per_iteration,
+    )
+    tx = make_optimizer(
+        schedule, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay, config.max_grad_norm
+    )
+    decoder = jax.tree.map(jnp.asarray, hub.load_params(folder, model_config))
+    key = jax.random.key(settings.seed)
+    state = init_state(decoder, model, tx, config, key)
+    shardings = make_shardings(mesh, state)
+    # The reference is a copy of its own: the state's buffers are donated, iteration after iteration.
+    ref_params = jax.device_put(jax.tree.map(jnp.copy, decoder), shardings.ref_params)
+    state = jax.device_put(state, shardings.state)
+    step = make_train_step(model, tx, config, sampling, shardings, judge if in_program else None)
+    reward = None if in_program else judge
+    return Setup(settings, tokenizer, prompts, model, sampling, shardings, state, ref_params, step, schedule, reward)
+
+
+def batch_of(setup: Setup, rows: np.ndarray) -> Prompts:
+    """The prompts of these rows, on their devices."""
+    prompts = setup.prompts
+    return jax.device_put(Prompts(prompts.tokens[rows], prompts.mask[rows]), setup.shardings.batch)
+
+
+def texts_of(setup: Setup, rollout: Rollout) -> list[str]:
+    """Responses as text."""
+    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+    return decode_responses(setup.tokenizer, tokens, mask, setup.sampling.max_new_tokens)
+
+
+def judge_on_host(setup: Setup, rows: np.ndarray, responses: list[str]) -> np.ndarray:
+    """Scores `[B]` by the host reward."""
+    texts, columns = setup.prompts.texts, setup.prompts.columns
+    return call_reward(setup.reward, [texts[i] for i in rows], responses, [columns[i] for i in rows])
+
+
+def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics, Rollout, Any, dict[str, float]]:
+    """One PPO iteration, as one program, or as two around a reward on the host.
+
+    Returns:
+        (state, metrics, rollout, scores, seconds by `time/*` name).
+    """
+    batch, clock = batch_of(setup, rows), _Stopwatch()
+    if setup.reward is None:
+        state, metrics, rollout, scores = setup.step.iterate(state, setup.ref_params, batch)
+    else:
+        rollout = jax.block_until_ready(setup.step.act(state, batch))
+        clock.lap("time/generate_s")
+        scores = judge_on_host(setup, rows, texts_of(setup, rollout))
+        clock.lap("time/score_s")
+        state, metrics = setup.step.learn(
+            state, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch)
+        )
+    metrics = jax.device_get(metrics)  # waits
+    clock.lap("time/learn_s" if setup.reward else "time/program_s")
+    return state, metrics, rollout, scores, clock.laps
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def train(setup: Setup, workdir: Path) -> dict[str, Any]:
+    """Trains to the last iteration, from the newest checkpoint if the workdir has one, and writes the results.
+
+    Returns:
+        What stands in results.json.
+
+    Raises:
+        InputError: the workdir holds another run, or the reward failed.
+    """
+    settings = setup.settings
+    may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
+    open_run(workdir, dataclasses.asdict(settings), may_change)
+    checkpoints = Checkpointer(workdir / "checkpoints", settings.checkpoints_to_keep)
+    state, start = setup.state, checkpoints.latest_step() or 0
+    if start:
+        state = checkpoints.restore(state)
+    check("config.num_iterations", settings.num_iterations, settings.num_iterations >= start, f"at least the {start} that {workdir} has")
+    if start == settings.num_iterations and (workdir / "results.json").exists():
+        return json.loads((workdir / "results.json").read_text())
+    truncate_jsonl(workdir / "samples.jsonl", "iteration", start)
+    trackers = ["tensorboard", *filter(None, (name.strip() for name in settings.trackers.split(",")))]
+    writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
+    with (
+        writers,
+        JsonlWriter(workdir / "samples.jsonl") as samples,
+        Reporter(settings.num_iterations, start) as reporter,
+    ):
+        announce(setup, reporter, start)
+        for iteration in range(start, settings.num_iterations):
+            began = time.perf_counter()
+            rows = batch_indices(len(setup.prompts.texts), settings.ppo.batch_size, iteration, settings.seed)
+            state, metrics, rollout, scores, seconds = iterate(setup, state, rows)
+            metrics = {name: float(x) for name, x in metrics.items()} | seconds
+            refuse_non_finite(metrics, iteration)
+            metrics["optim/lr"] = float(setup.schedule((iteration + 1) * settings.ppo.updates_per_iteration - 1))
+            metrics["time/iteration_s"] = time.perf_counter() - began
+            new_tokens = metrics["objective/length"] * settings.ppo.batch_size
+            metrics["time/tokens_per_s"] = new_tokens / metrics["time/iteration_s"]
+            writers.write(iteration, metrics)
+            reporter.update(iteration, metrics)
+            done = iteration + 1 == settings.num_iterations
+            if done or iteration % settings.samples_every == 0:
+                shown = [setup.prompts.texts[i] for i in rows[: settings.num_samples]]
+                answers, points = texts_of(setup, rollout)[: settings.num_samples], np.asarray(scores).tolist()
+                reporter.samples_table(shown, answers, points[: settings.num_samples], title=f"iteration {iteration + 1}")
+                for prompt, response, score in zip(shown, answers, points, strict=False):
+                    samples.write({"iteration": iteration, "prompt": prompt, "response": response, "score": score})
+            if done or (iteration + 1) % settings.checkpoint_every == 0:
+                checkpoints.save(state)
+            if settings.kl_limit and metrics["objective/kl"] > settings.kl_limit:
+                reporter.print(f"stopped: the KL is above config.kl_limit ({settings.kl_limit} nats)")
+                checkpoints.save(state)
+                break
+    checkpoints.close()
+    return finish(setup, state, workdir)
+
+
+def announce(setup: Setup, reporter: Reporter, start: int) -> None:
+    """Says what is about to run, and what happened to the prompts."""
+    prompts, config = setup.prompts, setup.model.config
+    devices = f"{jax.device_count()} {jax.devices()[0].platform}"
+    reporter.print(
+        f"model: {count_parameters(setup.ref_params):,} parameters, {config.num_layers} layers; {devices} device(s)"
+        + (f"; going on after iteration {start}" if start else "")
+    )
+    limit = setup.settings.ppo.prompt_length
+    fate = f"{prompts.num_dropped} dropped, {prompts.num_cut} cut" if prompts.num_dropped + prompts.num_cut else "none longer"
+    reporter.print(f"prompts: {len(prompts.texts):,} of at most {limit} tokens ({fate})")
+
+
+def refuse_non_finite(metrics: dict[str, float], iteration: int) -> None:
+    """Ends the run before a broken state is saved.
+
+    Raises:
+        InputError: a metric that is not a finite number.
+    """
+    broken = [name for name, x in metrics.items() if not np.isfinite(x)]
+    if broken:
+        raise InputError(
+            f"iteration {iteration}: {', '.join(broken)}: not a finite number; the last checkpoint is kept. "
+            "Expected a smaller config.ppo.lr, or a smaller range of scores"
+        )
+
+
+def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, Any]:
+    """Exports the policy, draws the curves, and compares the policy with the model that it started from."""
+    params = jax.device_get(state.params["decoder"])
+    ids = setup.sampling
+    hub.save(workdir / "policy", params, setup.model.config, setup.tokenizer, eos_ids=ids.eos_ids, pad_id=ids.pad_id)
+    plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", curves(setup.settings.kl_limit), title=workdir.name)
+    before, answers_before = evaluate(setup, state.replace(params=state.params | {"decoder": setup.ref_params}))
+    after, answers_after = evaluate(setup, state)
+    rows = [
+        {"prompt": prompt, "before": old, "after": new}
+        for prompt, old, new in zip(setup.prompts.texts, answers_before, answers_after, strict=False)
+    ]
+    atomic_write(workdir / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    results = {"before": before, "after": after, "samples": rows[: 2 * setup.settings.num_samples]}
+    write_json(workdir / "results.json", results)
+    return results
+
+
+def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[str]]:
+    """Answers the evaluation prompts, with the same random numbers for every policy.
+
+    Returns:
+        (means over the responses: see `results_page`; the responses).
+    """
+    size = setup.settings.ppo.batch_size
+    num_batches = -(-min(setup.settings.eval_prompts, len(setup.prompts.texts)) // size)
+    place = partial(jax.device_put, device=setup.shardings.replicated)
+    all_scores, all_metrics, answers = [], [], []
+    for number in range(num_batches):
+        rows = np.arange(number * size, (number + 1) * size) % len(setup.prompts.texts)
+        at = state.replace(key=place(jax.random.key(2**31 - 1)), step=place(jnp.int32(number)))
+        rollout = setup.step.act(at, batch_of(setup, rows))
+        responses = texts_of(setup, rollout)
+        scores = setup.step.score(rollout) if setup.reward is None else judge_on_host(setup, rows, responses)
+        measured = setup.step.measure(at, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch))
+        all_metrics.append(jax.device_get(measured))
+        all_scores.append(np.asarray(scores))
+        answers += responses
+    scores = np.concatenate(all_scores)
+    mean = {name.removeprefix("objective/"): float(np.mean([row[name] for row in all_metrics])) for name in all_metrics[0]}
+    return {
+        "score": float(scores.mean()),
+        "score_std": float(scores.std()),
+        "score_se": float(scores.std() / len(scores) ** 0.5),
+        "kl": mean["kl"],
+        "ref_perplexity": float(np.exp(mean["ref_nll"])),
+        "length": mean["length"],
+        "eos_frac": mean["eos_frac"],
+        "num_responses": len(scores),
+    }, answers
+
+
+def dry_run(setup: Setup) -> None:
+    """Compiles the programs of an iteration and prints what they cost on each device."""
+    batch = batch_of(setup, np.zeros(setup.settings.ppo.batch_size, int))
+    if setup.step.iterate:
+        programs = {"iterate": setup.step.iterate.lower(setup.state, setup.ref_params, batch)}
+    else:
+        rollout = jax.eval_shape(setup.step.act, setup.state, batch)
+        scores = jax.ShapeDtypeStruct((setup.settings.ppo.batch_size,), jnp.float32)
+        programs = {
+            "act": setup.step.act.lower(setup.state, batch),
+            "learn": setup.step.learn.lower(setup.state, setup.ref_params, rollout, scores),
+        }
+    print_costs({name: program_cost(lowered.compile()) for name, lowered in programs.items()})
+
+
+def main(settings: PPOExperiment, workdir: Path | None, is_dry_run: bool) -> None:
+    """Runs the experiment, or only compiles it."""
+    setup = prepare(settings)
+    if is_dry_run:
+        dry_run(setup)
+    else:
+        page = results_page(train(setup, workdir), workdir, settings.kl_limit)
+        atomic_write(workdir / "results.md", page.encode())
+        print(page)
+
+
+if __name__ == "__main__":
+    cli.launch(PPOExperiment, main)

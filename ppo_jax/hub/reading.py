@@ -1,0 +1,192 @@
+"""Model folders in: find one, read its configuration, read its weights."""
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.hub import configs
+from ppo_jax.hub.errors import HubError
+from ppo_jax.hub.families import Family
+from ppo_jax.hub.layout import Tensor, file_layout
+from ppo_jax.hub.tensors import listed, open_weights
+from ppo_jax.models import ModelConfig
+from ppo_jax.types import Params
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DOWNLOADED = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def resolve(model: str) -> pathlib.Path:
+    """The folder of a model: a local one, or a copy of a Hugging Face repository (safetensors and text files only).
+
+    Args:
+        model: a path, or a hub id: `name` or `owner/name`. An existing folder wins. What looks like a path (it begins
+            with `/`, `./`, `../` or `~`, or has more than one slash) is never asked of the hub.
+
+    Raises:
+        HubError: neither exists, or the hub cannot be reached (offline, `HF_HUB_OFFLINE=1`) and has left no copy here.
+    """
+    folder = pathlib.Path(model).expanduser() if model.startswith("~") else pathlib.Path(model)
+    if model and folder.is_dir():
+        return folder
+    if model and folder.exists():
+        raise HubError(f"model {model!r}: is a file, expected a folder")
+    if not _HUB_ID.fullmatch(model):
+        raise HubError(f"model {model!r}: no such folder")
+    import huggingface_hub  # slow to import, and most runs start from a local folder
+
+    try:
+        copy = huggingface_hub.snapshot_download(model, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"])
+    except Exception as error:  # it raises the types of several network libraries
+        raise HubError(
+            f"model {model!r}: no such local folder, and the Hugging Face hub gave none of that name "
+            f"({type(error).__name__}: offline, or not there?)"
+        ) from error
+    return pathlib.Path(copy)
+
+
+def load_config(folder: str | pathlib.Path, dtype: str = "float32", param_dtype: str = "float32") -> ModelConfig:
+    """Reads `config.json`.
+
+    Args:
+        folder: a Hugging Face model folder.
+        dtype: of the computation, `float32` or `bfloat16`.
+        param_dtype: of the parameters, the same choice; what the file stores does not decide it.
+
+    Raises:
+        HubError: an unknown family, or a key that is missing, malformed or would change what is computed.
+    """
+    path = _existing(folder) / "config.json"
+    return configs.read_config(configs.read_json(path), path, dtype, param_dtype)
+
+
+def load_eos_ids(folder: str | pathlib.Path) -> tuple[int, ...]:
+    """The tokens that `generation_config.json` lets end a text, by id; none when there is no such file or entry.
+
+    Raises:
+        HubError: the file is malformed.
+    """
+    path = _existing(folder) / "generation_config.json"
+    if not path.exists():
+        return ()
+    ids = configs.read_json(path).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise HubError(f"{path}: eos_token_id {ids!r}: expected an id or a list of ids")
+    return tuple(ids)
+
+
+def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
+    """Reads the weights of a folder, one tensor at a time.
+
+    Args:
+        folder: a Hugging Face model folder with `model.safetensors`, or several such files and their index.
+        config: from `load_config`; its `param_dtype` is what the weights are cast to.
+
+    Returns:
+        The parameters of a `Decoder`: nested dictionaries of numpy arrays.
+
+    Raises:
+        HubError: pickles only; a damaged file; a tensor that is missing, surplus, of another shape, or not of finite
+            floats.
+    """
+    folder = _existing(folder)
+    family = configs.read_family(configs.read_json(folder / "config.json"), folder / "config.json")
+    params: dict[str, Any] = {}
+    with open_weights(folder) as holders:
+        named = _by_full_name(family, holders, folder)
+        layout = file_layout(family, config, where=folder, limit=len(named))
+        _check_names(family, config, named, layout, folder)
+        for tensor in layout:
+            array = _read(named[tensor.name], tensor, config.param_dtype, folder)
+            for path, part in zip(tensor.paths, np.split(array, tensor.cuts, axis=-1), strict=True):
+                _put(params, path, np.ascontiguousarray(part))
+        if config.tie_embeddings and "lm_head.weight" in named:
+            _check_tie(named["lm_head.weight"], params["embed"]["embedding"], config, folder)
+    return params
+
+
+class _Source(NamedTuple):
+    """Where a tensor is read from."""
+
+    name: str  # in the file
+    file: Any
+
+
+def _existing(folder: str | pathlib.Path) -> pathlib.Path:
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such folder")
+    return folder
+
+
+def _put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf
+
+
+def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> dict[str, _Source]:
+    """A model's tensors, with the family's prefix where a file leaves it out, and without those that are ignored."""
+    named: dict[str, _Source] = {}
+    for name, holder in holders.items():
+        full = name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name
+        if full in named:
+            raise HubError(f"{where}: {full!r} is there twice, with and without {family.prefix!r}")
+        if not any(re.fullmatch(pattern, full) for pattern in family.ignored):
+            named[full] = _Source(name, holder)
+    return named
+
+
+def _check_names(
+    family: Family, config: ModelConfig, named: Mapping[str, Any], layout: Sequence[Tensor], where: object
+) -> None:
+    expected = {tensor.name for tensor in layout}
+    missing, surplus = expected - named.keys(), named.keys() - expected
+    if config.tie_embeddings:
+        surplus -= {"lm_head.weight"}
+    if missing:
+        raise HubError(f"{where}: tensors are missing: {listed(missing)}")
+    if surplus:
+        raise HubError(f"{where}: tensors that a {family.architecture} so configured has not: {listed(surplus)}")
+
+
+def _check_tie(source: _Source, embedding: np.ndarray, config: ModelConfig, where: object) -> None:
+    """A vocabulary projection that is stored although it is tied must be the embedding: one of two would be lost."""
+    tensor = Tensor("lm_head.weight", (), False, embedding.shape, ())
+    if not np.array_equal(_read(source, tensor, config.param_dtype, where), embedding):
+        raise HubError(f"{where}: lm_head.weight is not the embedding, although tie_word_embeddings is true")
+
+
+def _read(source: _Source, tensor: Tensor, param_dtype: str, where: object) -> np.ndarray:
+    """One tensor, checked, in our orientation and dtype."""
+    header = source.file.get_slice(source.name)
+    shape, stored = tuple(header.get_shape()), header.get_dtype()
+    if shape != tensor.stored_shape:
+        raise HubError(f"{where}: {source.name}: got shape {shape}, expected {tensor.stored_shape}")
+    if stored not in _FLOATS:
+        raise HubError(f"{where}: {source.name}: got dtype {stored}, expected one of {', '.join(_FLOATS)}")
+    array = source.file.get_tensor(source.name)
+    with np.errstate(over="ignore"):  # an infinity is found below, by name
+        array = (array.T if tensor.transposed else array).astype(jnp.dtype(param_dtype), order="C", copy=False)
+    if not np.isfinite(array).all():
+        raise HubError(f"{where}: {source.name} has values that are not finite numbers in {param_dtype}")
+    return array

@@ -1,0 +1,67 @@
+"""The folder of a run: one configuration a folder, and what a restart may change of it."""
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.errors import InputError
+from ppo_jax.metrics import atomic_write
+
+
+class RunError(InputError):
+    """A run that cannot start or go on; the message says why."""
+
+
+def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection[str] = ()) -> bool:
+    """Makes the folder of a run, or enters it again.
+
+    Args:
+        workdir: the folder.
+        config: nested dictionary of settings, written to `config.json`.
+        may_change: top-level fields in which a restart may differ from the first start.
+
+    Returns:
+        Whether the folder held this run already.
+
+    Raises:
+        RunError: the folder holds a run of another configuration (names the fields), a damaged config.json, or files but no
+            config.json.
+    """
+    folder = Path(workdir)
+    path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"workdir {folder}: it is a file, expected a folder")
+    if not path.exists():
+        if folder.exists() and any(name != ".config.json.tmp" for name in os.listdir(folder)):
+            raise RunError(f"workdir {folder}: it holds files but no config.json; expected an empty folder or one of this run")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+        return False
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path}: damaged: {error}") from error
+    ours, theirs = _flatten(json.loads(json.dumps(config))), _flatten(saved)
+    differing = [
+        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and name not in may_change
+    ]
+    if differing:
+        raise RunError(f"workdir {folder}: it holds another configuration ({'; '.join(differing)}); expected another workdir or these settings")
+    write_json(path, config)
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file so that at any moment it is absent, old or new, and never half there."""
+    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

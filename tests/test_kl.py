@@ -1,0 +1,289 @@
+"""KL estimators (Schulman 2020), KL-shaped rewards and the adaptive coefficient (Ziegler et al. 2019)."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import EPS32, assert_close, float32
+
+from ppo_jax import kl
+
+ESTIMATORS = ["k1", "k2", "k3"]
+B, R = 5, 6
+# Full, EOS as the very first token, empty, one before full, two tokens.
+LENGTHS = [R, 1, 0, R - 1, 2]
+# Difference, exponential (two roundings), two sums, coefficient, score: at most ten; |log ratio| < 4 is drawn.
+OPS, SCALE = 10, math.exp(4)
+
+
+def draw(rng, batch: tuple[int, ...] = ()):
+    """scores, logprobs, ref_logprobs, mask."""
+    ref = -rng.uniform(0.1, 5.0, size=(*batch, B, R))
+    logprobs = ref + np.clip(rng.normal(size=ref.shape), -3.9, 3.9)
+    mask = np.broadcast_to(oracles.response_mask(LENGTHS, R), ref.shape)
+    return float32(rng.normal(size=(*batch, B))), float32(logprobs), float32(ref), mask
+
+
+def log_distributions(rng, size: int):
+    """Two float32 rows of logprobs, each normalised as well as float32 can hold."""
+    return [float32(oracles.log_softmax(row)) for row in rng.normal(size=(2, size))]
+
+
+# estimators
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        # lr = log 2: the policy gives the token twice the reference's probability. log 2 = 0.6931471805599453
+        ("k1", 0.6931471805599453),
+        # 0.6931471805599453^2 / 2 = 0.4804530139182014 / 2
+        ("k2", 0.2402265069591007),
+        # 1/2 - 1 + 0.6931471805599453
+        ("k3", 0.1931471805599453),
+    ],
+)
+def test_estimate_golden(estimator, expected):
+    # log 0.5 = -0.6931..., log 0.25 = -1.3862...
+    actual = kl.kl_estimate(jnp.array([-0.6931471805599453]), jnp.array([-1.3862943611198906]), estimator)
+    assert_close(actual, [expected], 4)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimate_oracle(rng, estimator):
+    _, logprobs, ref, _ = draw(rng)
+    expected = [
+        [oracles.kl_estimate(*pair, estimator) for pair in zip(*rows, strict=True)]
+        for rows in zip(logprobs, ref, strict=True)
+    ]
+    actual = kl.kl_estimate(logprobs, ref, estimator)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, expected, OPS, SCALE)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimate_of_equal_policies_is_exactly_zero(rng, estimator):
+    _, logprobs, _, _ = draw(rng)
+    np.testing.assert_array_equal(kl.kl_estimate(logprobs, logprobs, estimator), np.zeros((B, R)))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_expectation_under_the_policy_is_the_exact_kl(rng, estimator):
+    # Enumerating a vocabulary of 7 leaves no sampling error. What is left of "exactly": the estimator's own 8 roundings
+    # of values up to exp(max |lr|) and, for k3, sum(p) and sum(q), which float32 logprobs leave 7 eps32 from 1.
+    logp, logq = (np.float64(row) for row in log_distributions(rng, 7))
+    exact = math.fsum(math.exp(p) * (p - q) for p, q in zip(logp, logq, strict=True))
+    estimates = np.asarray(kl.kl_estimate(float32(logp), float32(logq), estimator), np.float64)
+    scale = math.exp(float(np.abs(logp - logq).max()))
+    assert_close(math.fsum(np.exp(logp) * estimates), exact, 8 + 14, scale)
+
+
+def test_k1_is_not_unbiased_under_the_reference(rng):
+    # The direction matters: under q, the mean of k1 is -KL(q||p), which is negative.
+    logp, logq = log_distributions(rng, 7)
+    estimates = np.asarray(kl.kl_estimate(logp, logq, "k1"), np.float64)
+    reverse = math.fsum(math.exp(q) * (q - p) for p, q in zip(np.float64(logp), np.float64(logq), strict=True))
+    assert_close(math.fsum(np.exp(np.float64(logq)) * estimates), -reverse, 8, scale=8)
+
+
+def test_k2_approaches_the_kl_from_second_order(rng):
+    # E_p[k2] and KL(p||q) share their second-order term: for logits that differ by h the relative difference is O(h).
+    # |third-order term| <= E|lr|^3 / 2 with |lr| <= 2h, against a KL of about h^2 Var(direction) / 2.
+    logits, direction = rng.normal(size=5), np.array([1.0, -1.0, 0.5, -0.5, 0.0])
+    h = 0.02
+    logp, logq = oracles.log_softmax(logits), oracles.log_softmax(logits + h * direction)
+    exact = math.fsum(math.exp(p) * (p - q) for p, q in zip(logp, logq, strict=True))
+    k2 = np.asarray(kl.kl_estimate(float32(logp), float32(logq), "k2"), np.float64)
+    third = math.fsum(math.exp(p) * abs(p - q) ** 3 for p, q in zip(logp, logq, strict=True))
+    # logprobs of size 8 carry 8 eps32, times |lr| <= 2h.
+    assert abs(math.fsum(np.exp(logp) * k2) - exact) <= third / 2 + 4 * 8 * EPS32 * 2 * h
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_k2_and_k3_are_never_negative(rng, estimator):
+    _, logprobs, ref, _ = draw(rng)
+    assert (np.asarray(kl.kl_estimate(logprobs, ref, estimator)) >= 0).all()
+
+
+def test_k3_keeps_its_digits_near_zero():
+    # k3 is lr^2 / 2 - lr^3 / 6: 5e-9 here. exp(-lr) - 1 would be off by eps32 = 1.2e-7; the error must scale with lr.
+    lr = float32([1e-4, -1e-4, 3e-5, -2e-6])
+    actual = kl.kl_estimate(lr, np.zeros_like(lr), "k3")
+    expected = [oracles.kl_estimate(x, 0.0, "k3") for x in lr]
+    assert_close(actual, expected, 2, scale=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "slope"),
+    [("k1", lambda lr: 1.0), ("k2", lambda lr: lr), ("k3", lambda lr: 1 - math.exp(-lr))],
+)
+def test_estimate_gradient(rng, estimator, slope):
+    _, logprobs, ref, _ = draw(rng)
+    policy_grad, ref_grad = jax.grad(lambda p, q: kl.kl_estimate(p, q, estimator).sum(), argnums=(0, 1))(logprobs, ref)
+    expected = [
+        [slope(float(p) - float(q)) for p, q in zip(*rows, strict=True)] for rows in zip(logprobs, ref, strict=True)
+    ]
+    assert_close(policy_grad, expected, OPS, SCALE)
+    assert_close(ref_grad, -np.array(expected), OPS, SCALE)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimate_under_jit_and_vmap(rng, estimator):
+    _, logprobs, ref, _ = draw(rng)
+    eager = kl.kl_estimate(logprobs, ref, estimator)
+    mapped = jax.jit(jax.vmap(functools.partial(kl.kl_estimate, estimator=estimator)))(logprobs, ref)
+    assert_close(mapped, eager, OPS, SCALE)
+
+
+@pytest.mark.parametrize("estimator", ["k4", "K1", ""])
+def test_unknown_estimator_is_a_value_error_that_lists_the_known(estimator):
+    with pytest.raises(ValueError, match=r"k1.*k2.*k3") as error:
+        kl.kl_estimate(jnp.zeros(2), jnp.zeros(2), estimator)
+    assert repr(estimator) in str(error.value)
+
+
+def test_unknown_estimator_is_refused_by_the_rewards():
+    with pytest.raises(ValueError, match="k9"):
+        kl.kl_shaped_rewards(jnp.zeros(1), jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.ones((1, 2), bool), 0.1, "k9")
+
+
+# rewards
+
+
+def test_rewards_golden():
+    # kl_coef 0.5, k1. Rows: three tokens kept of four; EOS as the first token; nothing; all (no EOS).
+    # lr = logprobs - ref_logprobs, the same in each row: 1, -2, 3, 4
+    # row 0, score 10: -0.5, +1, -1.5 + 10 = 8.5, 0          row 1, score 20: -0.5 + 20 = 19.5, 0, 0, 0
+    # row 2, score 30: zeros                                 row 3, score 40: -0.5, 1, -1.5, -2 + 40 = 38
+    logprobs = jnp.tile(jnp.array([0.0, -3.0, -1.0, -1.0]), (4, 1))
+    ref = jnp.tile(jnp.array([-1.0, -1.0, -4.0, -5.0]), (4, 1))
+    mask = oracles.response_mask([3, 1, 0, 4], 4)
+    actual = kl.kl_shaped_rewards(jnp.array([10.0, 20.0, 30.0, 40.0]), logprobs, ref, mask, 0.5)
+    expected = [[-0.5, 1.0, 8.5, 0.0], [19.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-0.5, 1.0, -1.5, 38.0]]
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rewards_oracle(rng, estimator):
+    arguments = draw(rng)
+    actual = kl.kl_shaped_rewards(*arguments, 0.3, estimator)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, oracles.kl_shaped_rewards(*arguments, 0.3, estimator), OPS, SCALE)
+
+
+def test_rewards_sum_to_the_score_minus_the_penalty(rng):
+    scores, logprobs, ref, mask = draw(rng)
+    rewards = np.asarray(kl.kl_shaped_rewards(scores, logprobs, ref, mask, 0.3), np.float64)
+    for b, length in enumerate(LENGTHS):
+        penalty = 0.3 * math.fsum(np.float64(logprobs[b, :length]) - np.float64(ref[b, :length]))
+        assert_close(rewards[b].sum(), (float(scores[b]) if length else 0.0) - penalty, OPS * R, scale=8)
+
+
+def test_rewards_without_penalty_are_the_score_on_the_last_token(rng):
+    scores, logprobs, ref, mask = draw(rng)
+    expected = np.zeros((B, R), np.float32)
+    for b, length in enumerate(LENGTHS):
+        if length:
+            expected[b, length - 1] = scores[b]
+    np.testing.assert_array_equal(kl.kl_shaped_rewards(scores, logprobs, ref, mask, 0.0), expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("garbage", [1e30, -math.inf, math.nan])
+def test_rewards_ignore_what_lies_outside_the_mask(rng, estimator, garbage):
+    scores, logprobs, ref, mask = draw(rng)
+    clean = kl.kl_shaped_rewards(scores, logprobs, ref, mask, 0.3, estimator)
+    padded = kl.kl_shaped_rewards(
+        scores,
+        oracles.pad(np.where(mask, logprobs, np.float32(garbage)), 3, garbage),
+        oracles.pad(np.where(mask, ref, np.float32(0.0)), 3, 0.0),
+        oracles.pad(mask, 3, False),
+        0.3,
+        estimator,
+    )
+    np.testing.assert_array_equal(padded[:, :R], clean)
+    np.testing.assert_array_equal(padded[:, R:], np.zeros((B, 3)))
+
+
+def test_rewards_of_integer_scores_keep_the_fractions_of_the_penalty():
+    # -0.5 * 0.25 + 1 = 0.875: an integer buffer would hold 0 or 1.
+    actual = kl.kl_shaped_rewards(
+        jnp.array([1]), jnp.full((1, 1), -0.25), jnp.full((1, 1), -0.5), np.ones((1, 1), bool), 0.5
+    )
+    assert actual.dtype == jnp.float32
+    np.testing.assert_array_equal(actual, [[0.875]])
+
+
+def test_rewards_gradient(rng):
+    # d reward / d score is 1 on the last token; d / d logprobs of -coef * k1 is -coef on kept tokens, 0 elsewhere.
+    scores, logprobs, ref, mask = draw(rng)
+    grads = jax.grad(lambda s, p: kl.kl_shaped_rewards(s, p, ref, mask, 0.25).sum(), argnums=(0, 1))(scores, logprobs)
+    np.testing.assert_array_equal(grads[0], [float(n > 0) for n in LENGTHS])
+    np.testing.assert_array_equal(grads[1], np.where(mask, -0.25, 0.0))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rewards_under_jit_and_vmapped_over_coefficients(rng, estimator):
+    arguments = draw(rng, (3,))
+    coefs = float32([0.0, 0.1, 2.0])
+    mapped = jax.jit(jax.vmap(functools.partial(kl.kl_shaped_rewards, estimator=estimator)))(*arguments, coefs)
+    for i in range(3):
+        expected = oracles.kl_shaped_rewards(*(x[i] for x in arguments), float(coefs[i]), estimator)
+        assert_close(mapped[i], expected, OPS, 2 * SCALE)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2, 3])
+@pytest.mark.parametrize("rows", [1, B - 1])
+def test_rewards_refuse_shapes_that_do_not_belong_together(rng, wrong, rows):
+    # One row would broadcast: the same score for every sequence.
+    arguments = list(draw(rng))
+    arguments[wrong] = arguments[wrong][:rows]
+    with pytest.raises(AssertionError):
+        kl.kl_shaped_rewards(*arguments, 0.1)
+
+
+# adaptive coefficient
+
+
+def test_adaptive_coefficient_golden_over_six_steps():
+    # target 6 nats, horizon 100, batch 50: the clipped error is halved. Start at 0.2.
+    # kl  6    -> error 0                      -> * 1      -> 0.2
+    # kl  6.6  -> error 0.1                    -> * 1.05   -> 0.21
+    # kl  5.4  -> error -0.1                   -> * 0.95   -> 0.1995
+    # kl 60    -> error 9, clipped to 0.2      -> * 1.1    -> 0.21945
+    # kl  0    -> error -1, clipped to -0.2    -> * 0.9    -> 0.197505
+    # kl -3    -> error -1.5, clipped to -0.2  -> * 0.9    -> 0.1777545   (k1 over few samples can be negative)
+    coef = jnp.float32(0.2)
+    expected = [0.2, 0.21, 0.1995, 0.21945, 0.197505, 0.1777545]
+    for step, (current, value) in enumerate(zip([6.0, 6.6, 5.4, 60.0, 0.0, -3.0], expected, strict=True)):
+        coef = kl.adaptive_kl_coef(coef, jnp.float32(current), 6.0, 100, 50)
+        assert coef.dtype == jnp.float32
+        assert coef.shape == ()
+        # Six roundings a step: division, difference, product, quotient, sum, product.
+        assert_close(coef, value, 6 * (step + 1), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("current", "expected"), [(7.2, 1.1), (7.3, 1.1), (7.1, 1 + 11 / 120), (4.8, 0.9), (4.7, 0.9), (4.9, 1 - 11 / 120)]
+)
+def test_adaptive_coefficient_clips_the_error_at_a_fifth_on_both_sides(current, expected):
+    # target 6: 7.2 and 4.8 are errors of exactly +-0.2; 7.1 and 4.9 of +-1.1/6, halved: 11/120.
+    assert_close(kl.adaptive_kl_coef(jnp.float32(1.0), jnp.float32(current), 6.0, 100, 50), expected, 6)
+
+
+def test_adaptive_coefficient_of_the_paper():
+    # Ziegler et al. 2019: K_beta = 0.1. There mult = 1 + 0.1 * clip(error, -0.2, 0.2): horizon = 10 batches.
+    assert_close(kl.adaptive_kl_coef(jnp.float32(0.5), jnp.float32(100.0), 6.0, 10_000, 1_000), 0.5 * 1.02, 6)
+
+
+def test_adaptive_coefficient_under_jit_and_vmap(rng):
+    coefs, kls = float32(rng.uniform(0.01, 1.0, size=8)), float32(rng.uniform(0.0, 12.0, size=8))
+    mapped = jax.jit(jax.vmap(lambda c, k: kl.adaptive_kl_coef(c, k, 6.0, 1000, 64)))(coefs, kls)
+    expected = [
+        float(c) * (1 + max(-0.2, min(0.2, float(k) / 6 - 1)) * 64 / 1000) for c, k in zip(coefs, kls, strict=True)
+    ]
+    assert_close(mapped, expected, 6)

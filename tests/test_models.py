@@ -1,0 +1,406 @@
+"""The decoder against goldens of torch, a NumPy oracle, and identities; no torch needed.
+
+Tolerance of logits: the largest error of a token's logits over the largest magnitude among them. A logit near zero has
+no relative error to speak of, and softmax sees absolute differences; so the scale is that of the token's own row.
+Float32 rounds by 6e-8 and a forward pass of these sizes chains about a hundred such roundings: 4e-7 is usual, 1e-5
+leaves room for unlucky weights, and 1e-4 is what is promised.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import hub
+from ppo_jax.models import ActorCritic, Decoder, ModelConfig, causal_mask, empty_cache, positions_of
+from ppo_jax.models.transformer import attend, rotate
+from ppo_jax.sampling import SamplingConfig, generate
+from ppo_jax.types import Prompts
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5
+
+
+def tiny(**changes) -> ModelConfig:
+    fields = {"vocab_size": 29, "num_layers": 2, "num_heads": 4, "width": 12, "mlp_width": 20, "max_positions": 16}
+    return ModelConfig(**{**fields, "head_dim": 6, **changes})
+
+
+GPT2_LIKE = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "gelu_tanh",
+    "gated_mlp": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+def random_params(rng: np.random.Generator, config: ModelConfig):
+    """Every parameter random, large enough for each to matter; norms around one."""
+    tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1, 2), bool))
+
+    def draw(path, leaf):
+        drawn = rng.normal(size=leaf.shape)
+        return np.asarray(1 + 0.3 * drawn if "scale" in str(path[-1]) else 0.4 * drawn, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree["params"])
+
+
+def left_padded(rng: np.random.Generator, config: ModelConfig, sizes=(9, 5, 1)):
+    """Tokens and mask, [3, 9]; the padding is garbage, not zeros."""
+    tokens = rng.integers(0, config.vocab_size, (len(sizes), max(sizes)))
+    return tokens.astype(np.int32), np.arange(max(sizes)) >= max(sizes) - np.array(sizes)[:, None]
+
+
+def logits_of(config: ModelConfig, params, tokens, mask) -> np.ndarray:
+    return np.asarray(jax.jit(Decoder(config).apply)({"params": params}, jnp.asarray(tokens), jnp.asarray(mask)))
+
+
+def max_relative_error(actual, expected, mask) -> float:
+    """Over the real tokens: largest error of a row of logits over the row's largest magnitude."""
+    actual, expected = np.asarray(actual, np.float64)[mask], np.asarray(expected, np.float64)[mask]
+    return float(np.max(np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)))
+
+
+# An oracle: one unpadded sequence, one position and one head at a time, in float64.
+
+
+def oracle_norm(x, p, config):
+    if config.norm == "layernorm":
+        centred = [v - sum(x) / len(x) for v in x]
+        size = math.sqrt(sum(v * v for v in centred) / len(x) + config.norm_eps)
+        return np.array([v / size * s + b for v, s, b in zip(centred, p["scale"], p["bias"], strict=True)])
+    size = math.sqrt(sum(v * v for v in x) / len(x) + config.norm_eps)
+    return np.array([v / size * s for v, s in zip(x, p["scale"], strict=True)])
+
+
+def oracle_dense(x, p):
+    y = x @ p["kernel"].astype(np.float64)
+    return y + p["bias"] if "bias" in p else y
+
+
+def oracle_activation(x, name):
+    one = {
+        "relu": lambda v: max(v, 0.0),
+        "silu": lambda v: v / (1 + math.exp(-v)),
+        "gelu": lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))),
+        "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    }[name]
+    return np.array([one(v) for v in x])
+
+
+def oracle_rotate(x, position, theta):
+    """Turns the plane of coordinates (i, i + H/2) by position * theta^(-2i/H)."""
+    half = len(x) // 2
+    y = np.array(x)
+    for i in range(half):
+        turn = np.exp(1j * position * theta ** (-2 * i / len(x))) * complex(x[i], x[i + half])
+        y[i], y[i + half] = turn.real, turn.imag
+    return y
+
+
+def oracle_attention(xs, p, config):
+    def heads(name, count, turned):
+        rows = [oracle_dense(x, p[name]).reshape(count, config.head_dim) for x in xs]
+        if turned and config.positions == "rotary":
+            rows = [[oracle_rotate(h, t, config.rope_theta) for h in row] for t, row in enumerate(rows)]
+        return rows
+
+    query = heads("query", config.num_heads, True)
+    key, value = heads("key", config.num_kv_heads, True), heads("value", config.num_kv_heads, False)
+    out = []
+    for t in range(len(xs)):
+        mixed = []
+        for n in range(config.num_heads):
+            shared = n * config.num_kv_heads // config.num_heads
+            scores = np.array([query[t][n] @ key[s][shared] / math.sqrt(config.head_dim) for s in range(t + 1)])
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            mixed.append(sum(weights[s] * value[s][shared] for s in range(t + 1)))
+        out.append(oracle_dense(np.concatenate(mixed), p["output"]))
+    return out
+
+
+def oracle_logits(params, tokens, config) -> np.ndarray:
+    """Logits [T, V] of one sequence without padding."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    xs = [params["embed"]["embedding"][token] for token in tokens]
+    if config.positions == "learned":
+        xs = [x + params["positions"]["embedding"][t] for t, x in enumerate(xs)]
+    for i in range(config.num_layers):
+        p = params[f"layer_{i}"]
+        attended = oracle_attention([oracle_norm(x, p["attention_norm"], config) for x in xs], p["attention"], config)
+        xs = [x + y for x, y in zip(xs, attended, strict=True)]
+        for t, x in enumerate(xs):
+            h = oracle_norm(x, p["mlp_norm"], config)
+            up = oracle_dense(h, p["mlp"]["up"])
+            if config.gated_mlp:
+                inner = oracle_activation(oracle_dense(h, p["mlp"]["gate"]), config.activation) * up
+            else:
+                inner = oracle_activation(up, config.activation)
+            xs[t] = x + oracle_dense(inner, p["mlp"]["down"])
+    hidden = np.array([oracle_norm(x, params["final_norm"], config) for x in xs])
+    return hidden @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
+
+
+VARIANTS = {
+    "llama": {},
+    "llama_grouped": {"num_kv_heads": 2, "rope_theta": 100.0},
+    "llama_one_key_head": {"num_kv_heads": 1, "head_dim": 2},
+    "llama_biases_untied": {"attention_bias": True, "mlp_bias": True, "tie_embeddings": False},
+    "llama_gelu": {"activation": "gelu", "norm_eps": 1e-2},
+    "gpt2": GPT2_LIKE,
+    "gpt2_untied_relu": {**GPT2_LIKE, "tie_embeddings": False, "activation": "relu"},
+    "gpt2_grouped": {**GPT2_LIKE, "num_kv_heads": 2, "activation": "gelu"},
+    "rotary_layernorm": {"norm": "layernorm", "gated_mlp": False},
+    "learned_rmsnorm_gated": {"positions": "learned", "activation": "relu", "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_the_oracle(name, rng):
+    config = tiny(**VARIANTS[name])
+    params = random_params(rng, config)
+    tokens, mask = left_padded(rng, config)
+    expected = np.zeros((*tokens.shape, config.vocab_size))
+    for row in range(len(tokens)):
+        expected[row, mask[row]] = oracle_logits(params, tokens[row][mask[row]], config)
+    assert max_relative_error(logits_of(config, params, tokens, mask), expected, mask) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_recorded_models_give_torchs_logits(name):
+    golden = json.loads((GOLDEN / name / "golden.json").read_text())
+    config = hub.load_config(GOLDEN / name)
+    params = hub.load_params(GOLDEN / name, config)
+    mask = np.array(golden["mask"], bool)
+    actual = logits_of(config, params, np.array(golden["tokens"]), mask)
+    assert max_relative_error(actual, np.array(golden["logits"]), mask) < TOLERANCE
+
+
+@pytest.mark.parametrize("greedy", ["greedy", "greedy_without_eos"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_recorded_models_give_torchs_greedy_tokens(name, greedy):
+    golden = json.loads((GOLDEN / name / "golden.json").read_text())
+    config = hub.load_config(GOLDEN / name)
+    params = with_value_head(hub.load_params(GOLDEN / name, config))
+    prompts = Prompts(jnp.array(golden["tokens"]), jnp.array(golden["mask"], bool))
+    eos_ids = (golden["eos_id"],) if greedy == "greedy" else ()
+    sampling = SamplingConfig(max_new_tokens=12, eos_ids=eos_ids, pad_id=golden["pad_id"], temperature=0.0)
+    act = jax.jit(partial(generate, ActorCritic(config), sampling=sampling))
+    rollout = act(params, prompts, jax.random.key(0))
+    rows = zip(rollout.response_tokens, rollout.response_mask, strict=True)
+    assert [np.asarray(tokens)[np.asarray(mask)].tolist() for tokens, mask in rows] == golden[greedy]
+
+
+def with_value_head(decoder):
+    width = decoder["final_norm"]["scale"].shape[0]
+    return {"decoder": decoder, "value_head": {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros(1)}}
+
+
+@pytest.mark.parametrize("variant", [GPT2_LIKE, {"num_kv_heads": 2}], ids=["gpt2", "llama"])
+def test_prefill_and_steps_with_a_cache_equal_the_full_pass(variant, rng):
+    config = tiny(**variant)
+    params = {"params": random_params(rng, config)}
+    tokens, mask = (jnp.asarray(x) for x in left_padded(rng, config))
+    size, prefilled = tokens.shape[1], 4
+    trunk = jax.jit(partial(Decoder(config).apply, method="trunk"))
+    positions, visible = positions_of(mask), causal_mask(mask)
+    full, none = trunk(params, tokens, positions, visible)
+    assert none is None
+
+    cache = empty_cache(config, len(tokens), size)
+    stops = [prefilled, *range(prefilled + 1, size + 1)]
+    pieces = []
+    for start, stop in itertools.pairwise([0, *stops]):
+        part = slice(start, stop)
+        hidden, cache = trunk(params, tokens[:, part], positions[:, part], visible[:, part], cache, start)
+        pieces.append(hidden)
+    assert max_relative_error(jnp.concatenate(pieces, 1), full, np.asarray(mask)) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [GPT2_LIKE, {}], ids=["gpt2", "llama"])
+def test_more_padding_on_the_left_changes_nothing(variant, rng):
+    config = tiny(**variant)
+    params = random_params(rng, config)
+    tokens, mask = left_padded(rng, config)
+    more = rng.integers(0, config.vocab_size, (len(tokens), 4))
+    padded = logits_of(config, params, np.hstack([more, tokens]), np.hstack([np.zeros_like(more, bool), mask]))
+    assert max_relative_error(padded[:, 4:], logits_of(config, params, tokens, mask), mask) < TOLERANCE
+
+
+def test_later_tokens_change_nothing_before_them(rng):
+    config = tiny()
+    params = random_params(rng, config)
+    tokens, mask = left_padded(rng, config)
+    changed = tokens.copy()
+    changed[:, 6:] = (changed[:, 6:] + 1) % config.vocab_size
+    before, after = logits_of(config, params, tokens, mask), logits_of(config, params, changed, mask)
+    moved = np.abs(before - after).max(-1)
+    assert np.all(moved[:, :6][mask[:, :6]] == 0)
+    assert np.all(moved[:, 6:] > 1e-3)
+
+
+def test_padding_gets_no_gradient(rng):
+    config = tiny(**GPT2_LIKE, tie_embeddings=False)
+    params = random_params(rng, config)
+    tokens, mask = left_padded(rng, config)
+    tokens = np.where(mask, 1 + tokens % (config.vocab_size - 1), 0)  # token 0 is padding and nothing else
+
+    def loss(params):
+        logprobs = jax.nn.log_softmax(Decoder(config).apply({"params": params}, tokens, mask))
+        return -jnp.sum(jnp.where(mask[..., None], logprobs, 0.0)[..., 1:])
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    rows = np.abs(np.asarray(gradient["embed"]["embedding"])).max(-1)
+    assert rows[0] == 0.0
+    assert all(rows[token] > 0 for token in np.unique(tokens[mask]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_grouped_queries_equal_repeated_keys(rng):
+    batch, size, heads, kv_heads, head_dim = 2, 5, 6, 2, 4
+    query = rng.normal(size=(batch, size, heads, head_dim)).astype(np.float32)
+    key, value = rng.normal(size=(2, batch, size, kv_heads, head_dim)).astype(np.float32)
+    mask = causal_mask(jnp.ones((batch, size), bool))
+    repeated = attend(query, np.repeat(key, heads // kv_heads, 2), np.repeat(value, heads // kv_heads, 2), mask)
+    np.testing.assert_allclose(attend(query, key, value, mask), repeated, rtol=0, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_gets_the_average(rng):
+    query, key, value = rng.normal(size=(3, 1, 4, 2, 2)).astype(np.float32)
+    heads = attend(query, key, value, jnp.zeros((1, 4, 4), bool))
+    np.testing.assert_allclose(heads, np.broadcast_to(value.mean(1, keepdims=True), heads.shape), atol=1e-6)
+
+
+def test_rotation_keeps_lengths_and_sees_distances_only(rng):
+    query, key = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def turned(x, position):
+        return np.asarray(rotate(jnp.asarray(x), jnp.array([[position]]), 50.0))
+
+    np.testing.assert_array_equal(turned(query, 0), query)
+    np.testing.assert_allclose(np.linalg.norm(turned(query, 7)), np.linalg.norm(query), rtol=1e-6)
+    near, far = (np.sum(turned(query, 3 + shift) * turned(key, shift)) for shift in (0, 40))
+    np.testing.assert_allclose(near, far, atol=2e-5)
+    assert abs(near - np.sum(turned(query, 4) * turned(key, 0))) > 1e-3
+
+
+def test_positions_and_causal_mask():
+    mask = jnp.array([[False, True, True], [True, True, True]])
+    # padding counts for nothing, the first real token stands at position 0
+    np.testing.assert_array_equal(positions_of(mask), [[0, 0, 1], [0, 1, 2]])
+    # query 2 of the first row sees itself and token 1, not the padding at 0; query 0 is padding and sees nothing
+    np.testing.assert_array_equal(causal_mask(mask)[0], [[0, 0, 0], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(causal_mask(mask)[1], np.tri(3))
+
+
+@pytest.mark.parametrize("variant", [GPT2_LIKE, {"tie_embeddings": False}], ids=["gpt2", "llama_untied"])
+def test_bfloat16_gives_float32_logits(variant, rng):
+    config = tiny(**variant)
+    params = random_params(rng, config)
+    tokens, mask = left_padded(rng, config)
+    half = logits_of(dataclasses.replace(config, dtype="bfloat16"), params, tokens, mask)
+    assert half.dtype == np.float32
+    assert len(np.unique(half)) > len(np.unique(half.astype(jnp.bfloat16)))  # no rounding at the end
+    error = max_relative_error(half, logits_of(config, params, tokens, mask), mask)
+    assert 1e-4 < error < 8e-2  # bfloat16 rounds by 2^-9, some twenty times in a row here
+
+
+def test_bfloat16_parameters_and_cache(rng):
+    config = tiny(dtype="bfloat16", param_dtype="bfloat16")
+    params = random_params(rng, config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for pair in empty_cache(config, 1, 2) for leaf in pair} == {jnp.dtype("bfloat16")}
+    assert logits_of(config, params, *left_padded(rng, config)).dtype == np.float32
+
+
+def test_actor_critic_adds_a_value_and_starts_at_zero(rng, key):
+    config = tiny(dtype="bfloat16")
+    tokens, mask = left_padded(rng, config)
+    model = ActorCritic(config)
+    params = jax.jit(model.init)(key, tokens, mask)["params"]
+    assert params.keys() == {"decoder", "value_head"}
+    logits, values = jax.jit(model.apply)({"params": params}, tokens, mask)
+    assert (values.shape, values.dtype) == (tokens.shape, jnp.float32)
+    np.testing.assert_array_equal(values, np.zeros(tokens.shape))
+    np.testing.assert_array_equal(logits, logits_of(config, params["decoder"], tokens, mask))
+
+    hidden = rng.normal(size=(2, 3, config.width)).astype(np.float32)
+    head = {"kernel": rng.normal(size=(config.width, 1)).astype(np.float32), "bias": np.float32([2.5])}
+    values = model.apply({"params": {**params, "value_head": head}}, hidden, method="value")
+    np.testing.assert_allclose(values, (hidden @ head["kernel"])[..., 0] + 2.5, atol=1e-5)
+
+
+def test_too_long_a_sequence_is_refused(rng):
+    config = tiny(max_positions=8)
+    tokens, mask = left_padded(rng, config)
+    with pytest.raises(ValueError, match=r"sequence length: got 9 tokens .* at most the model's 8 positions"):
+        jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, mask)
+    jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens[:, :8], mask[:, :8])
+
+
+# Published sizes, and what each family's parameters are called.
+
+
+def count(config: ModelConfig) -> int:
+    tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("expected", "fields"),
+    [
+        # GPT-2 small: Radford et al. 2019 say 117M; the released file holds this many
+        (124_439_808, {"vocab_size": 50257, "num_layers": 12, "num_heads": 12, "width": 768, "mlp_width": 3072,
+                       "max_positions": 1024, **GPT2_LIKE}),
+        # SmolLM2-135M
+        (134_515_008, {"vocab_size": 49152, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "width": 576,
+                       "mlp_width": 1536, "max_positions": 8192}),
+        # Llama 2 7B
+        (6_738_415_616, {"vocab_size": 32000, "num_layers": 32, "num_heads": 32, "width": 4096, "mlp_width": 11008,
+                         "max_positions": 4096, "tie_embeddings": False}),
+    ],
+    ids=["gpt2", "smollm2_135m", "llama2_7b"],
+)  # fmt: skip
+def test_published_parameter_counts(expected, fields):
+    assert count(ModelConfig(**fields)) == expected
+
+
+def test_config_fills_in_what_follows():
+    config = ModelConfig(vocab_size=5, num_layers=1, num_heads=4, width=32, mlp_width=7, max_positions=9)
+    assert (config.num_kv_heads, config.head_dim) == (4, 8)
+    assert dataclasses.replace(config, num_kv_heads=2).num_kv_heads == 2
+    assert hash(config) == hash(dataclasses.replace(config))  # a static argument of jit
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size: got 0, expected a positive number"),
+        ({"num_layers": -1}, "num_layers: got -1, expected a positive number"),
+        ({"num_heads": 0}, "num_heads: got 0"),
+        ({"head_dim": -2}, "head_dim: got -2"),
+        ({"rope_theta": 0.0}, "rope_theta: got 0.0"),
+        ({"norm_eps": float("nan")}, "norm_eps: got nan"),
+        ({"num_kv_heads": 3}, r"num_kv_heads: got 3, expected a divisor of num_heads \(4\)"),
+        ({"head_dim": 5}, "head_dim: got 5, expected an even number"),
+        ({"head_dim": 0, "width": 13}, r"width: got 13, expected a multiple of num_heads \(4\)"),
+        ({"positions": "alibi"}, "positions: got 'alibi', expected one of learned, rotary"),
+        ({"norm": "batchnorm"}, "norm: got 'batchnorm'"),
+        ({"activation": "mish"}, "activation: got 'mish', expected one of gelu, gelu_tanh, silu, relu"),
+        ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
+        ({"param_dtype": "int8"}, "param_dtype: got 'int8'"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        tiny(**changes)
