@@ -1,8 +1,10 @@
 """What every experiment script does before its work: read flags and configuration, and report mistakes in one line."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -13,18 +15,21 @@ from rich.table import Table
 from experiments.settings import describe, from_config_dict
 from ppo_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="experiments/configs/NAME.py; then --config.field=value")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="experiments/configs/NAME.py; then --config.field=value"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; started again with the same folder, a run goes on")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "show every field with its value and help, and stop")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile, print memory and arithmetic per device, and stop")
 
 
-def launch(kind: type, main: Callable[..., None]) -> None:
-    """Runs `main(settings, workdir, dry_run)` of a script; a mistake in the input ends in one line and exit status 1.
+def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any], None]) -> None:
+    """Runs a script; a mistake in the input ends in one line and exit status 1.
 
     Args:
         kind: the settings dataclass of the script.
-        main: the script's work. `workdir` is a `Path`; None only in a dry run.
+        main: `main(settings, workdir)` does its work.
+        dry_run: `dry_run(settings)` only compiles.
     """
     try:
         config = _parse(sys.argv)
@@ -32,9 +37,12 @@ def launch(kind: type, main: Callable[..., None]) -> None:
             print_config(kind, config)
             return
         settings = from_config_dict(kind, config)
-        if not _WORKDIR.value and not _DRY_RUN.value:
+        if _DRY_RUN.value:
+            dry_run(settings)
+        elif _WORKDIR.value:
+            main(settings, Path(_WORKDIR.value).expanduser())
+        else:
             raise InputError("--workdir: it is missing; expected a folder for this run")
-        main(settings, Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None, _DRY_RUN.value)
     except (InputError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
@@ -48,17 +56,21 @@ def _parse(argv: list[str]) -> ml_collections.ConfigDict:
     try:
         rest = flags.FLAGS(argv)
     except AttributeError as error:  # ml_collections: a field that does not exist, with its suggestion
-        raise InputError("--config: no such field: " + " ".join(str(error).replace("\\n", " ").strip("'\"").split())) from error
+        raise InputError(
+            "--config: no such field: " + " ".join(str(error).replace("\\n", " ").strip("'\"").split())
+        ) from error
     except (flags.Error, KeyError, TypeError, OSError) as error:
         raise InputError(str(error)) from error
     if len(rest) > 1:
         raise InputError(f"arguments: got {rest[1]!r}, expected flags only, such as --config.seed=1")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
-        raise InputError(f"--config: the file failed to load, or its get_config returns no ConfigDict: {_reason(_CONFIG.value)}")
+        raise InputError(
+            f"--config: the file failed to load, or its get_config returns no ConfigDict: {_reason(_CONFIG.value)}"
+        )
     return _CONFIG.value
 
 
-def _reason(config: object) -> str:
+def _reason(config: Any) -> str:
     try:
         return f"got {config.seed!r}"  # ml_collections keeps the error of a failed load until the first access
     except Exception as error:
@@ -68,7 +80,7 @@ def _reason(config: object) -> str:
 def _check_config_path(argv: list[str]) -> None:
     """A wrong path is told here: ml_collections itself stays silent until the first access."""
     paths = [argument.split("=", 1)[1] for argument in argv if argument.lstrip("-").startswith("config=")]
-    paths += [after for before, after in zip(argv, argv[1:], strict=False) if before.lstrip("-") == "config"]
+    paths += [after for before, after in itertools.pairwise(argv) if before.lstrip("-") == "config"]
     folder = Path(__file__).parent / "configs"
     shipped = ", ".join(f"experiments/configs/{path.name}" for path in sorted(folder.glob("[!_]*.py")))
     if not paths and not any(argument.lstrip("-") in ("help", "helpfull", "helpshort") for argument in argv):

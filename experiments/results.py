@@ -37,7 +37,8 @@ def results_page(results: dict[str, Any], workdir: Path, kl_limit: float = 0.0) 
     """The page of results as Markdown.
 
     Args:
-        results: `before` and `after` (rows as in `ROWS`, and `num_responses`), and `samples` of `prompt`, `before`, `after`.
+        results: `before` and `after` (rows as in `ROWS`, and `num_responses`), and `samples` of `prompt`, `before`,
+            `after`.
         workdir: where everything lies.
         kl_limit: nats a sequence; 0: none.
     """
@@ -51,7 +52,11 @@ def results_page(results: dict[str, Any], workdir: Path, kl_limit: float = 0.0) 
     for sample in results["samples"]:
         lines += ["", f"**{_one_line(sample['prompt'])}**", "", f"- before: {_one_line(sample['before'])}"]
         lines.append(f"- after: {_one_line(sample['after'])}")
-    names = {"curves.png": "curves", "policy": "policy, a Hugging Face folder", "samples.jsonl": "samples along the way"}
+    names = {
+        "curves.png": "curves",
+        "policy": "policy, a Hugging Face folder",
+        "samples.jsonl": "samples along the way",
+    }
     lines += ["", *(f"- {label}: {workdir / name}" for name, label in names.items()), ""]
     return "\n".join(lines)
 

@@ -11,5 +11,7 @@ from ppo_jax.types import Rollout
 
 
 def praise(tokenizer: PreTrainedTokenizerBase) -> Callable[[Rollout], jax.Array]:
-    """(praising - blaming words) / (praising + blaming words) of a generated review, in [-1, 1]; compiled into the iteration."""
+    """(praising - blaming words) / (praising + blaming words) of a generated review, in [-1, 1]; compiled into the
+    iteration.
+    """
     return make_lexicon_score(tokenizer, POSITIVE_WORDS, NEGATIVE_WORDS)

@@ -2,8 +2,8 @@
 
     python experiments/rlhf.py --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
-Each stage has its folder in the workdir (corpus/ pretrain/ ppo/). The same command again goes on where the run stopped, and
-passes over what is done.
+Each stage has its folder in the workdir (corpus/ pretrain/ ppo/). The same command again goes on where the run stopped,
+and passes over what is done.
 """
 
 import dataclasses
@@ -30,10 +30,15 @@ def write_data(settings: RLHFExperiment, folder: Path) -> None:
     (folder / "tokenizer.partial").rename(folder / "tokenizer")
 
 
-def main(settings: RLHFExperiment, workdir: Path | None, is_dry_run: bool) -> None:
+def dry_run(settings: RLHFExperiment) -> None:
+    """Refused: the stages are planned one by one."""
+    raise InputError(
+        "--dry_run: a stage can be planned once the one before it has run; expected train_sft.py or train_ppo.py"
+    )
+
+
+def main(settings: RLHFExperiment, workdir: Path) -> None:
     """Walks the stages; those that are done already take no time."""
-    if is_dry_run:
-        raise InputError("--dry_run: a stage can be planned once the one before it has run; use train_sft.py or train_ppo.py")
     corpus = workdir / "corpus"
     write_data(settings, corpus)
 
@@ -63,10 +68,14 @@ def quality(workdir: Path) -> str:
     """How far the score went, and how much of the text is still sentences of the corpus's grammar, as Markdown."""
     rows = read_jsonl(workdir / "ppo" / "responses.jsonl")
     share = {
-        when: sum(sentence_fraction(f"{row['prompt']} {row[when]}") for row in rows) / len(rows) for when in ("before", "after")
+        when: sum(sentence_fraction(f"{row['prompt']} {row[when]}") for row in rows) / len(rows)
+        for when in ("before", "after")
     }
-    return f"Complete sentences that the grammar of the corpus accepts: {share['before']:.1%} before, {share['after']:.1%} after.\n"
+    return (
+        "Complete sentences that the grammar of the corpus accepts: "
+        f"{share['before']:.1%} before, {share['after']:.1%} after.\n"
+    )
 
 
 if __name__ == "__main__":
-    cli.launch(RLHFExperiment, main)
+    cli.launch(RLHFExperiment, main, dry_run)

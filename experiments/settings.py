@@ -9,6 +9,7 @@ A file in `experiments/configs/` starts from the defaults here:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ml_collections
@@ -39,14 +40,18 @@ class PPOExperiment:
     prompts: str = option("", "a JSONL file or a Hugging Face dataset with a column prompt, messages or text")
     prompts_split: str = option("train", "split of a Hugging Face dataset")
     long_prompts: str = option("drop", "prompts longer than ppo.prompt_length: " + ", ".join(LONG_PROMPTS))
-    reward: str = option("", "vader, FILE.py:function or package.module:function; the last two after jax: for a JAX score")
+    reward: str = option(
+        "", "vader, FILE.py:function or package.module:function; the last two after jax: for a JAX score"
+    )
     seed: int = option(0, "of sampling, shuffling and the data's order")
     num_iterations: int = option(40, "rollouts, each followed by ppo.num_epochs passes of updates")
     checkpoint_every: int = option(10, "iterations between checkpoints; the last one is always saved")
     checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
     samples_every: int = option(10, "iterations between tables of samples")
     num_samples: int = option(4, "prompts and responses in such a table")
-    kl_limit: float = option(0.0, "nats a sequence; training stops when the KL to the reference is above it; 0: no limit")
+    kl_limit: float = option(
+        0.0, "nats a sequence; training stops when the KL to the reference is above it; 0: no limit"
+    )
     eval_prompts: int = option(256, "prompts answered before and after training, for the page of results")
     dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
     pad_token: str = option("", "overrides the tokenizer's")
@@ -59,7 +64,9 @@ class PPOExperiment:
         """Refuses what cannot be."""
         check("long_prompts", self.long_prompts, self.long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
         check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for name in "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts".split():
+        for (
+            name
+        ) in "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts".split():
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         check("kl_limit", self.kl_limit, self.kl_limit >= 0, "0 or more")
 
@@ -70,7 +77,9 @@ class SFTExperiment:
 
     model: str = option("", "start from this Hugging Face folder or hub name; empty: a new model, as in `architecture`")
     tokenizer: str = option("", "folder or hub name of the tokenizer; empty: the model's")
-    data: str = option("", "a JSONL file or a Hugging Face dataset with a column text, or columns prompt and completion")
+    data: str = option(
+        "", "a JSONL file or a Hugging Face dataset with a column text, or columns prompt and completion"
+    )
     data_split: str = option("train", "split of a Hugging Face dataset")
     heldout: str = option("", "the same, for perplexity; empty: the last heldout_frac of the data")
     heldout_frac: float = option(0.05, "share of the data held out when there is no heldout")
@@ -136,7 +145,9 @@ class CorpusSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RLHFExperiment:
-    """Settings of `experiments/rlhf.py`. What is left empty in a stage (data, model, prompts) comes from the stage before."""
+    """Settings of `experiments/rlhf.py`. What is left empty in a stage (data, model, prompts) comes from the stage
+    before.
+    """
 
     corpus: CorpusSettings = dataclasses.field(default_factory=CorpusSettings)
     pretrain: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
@@ -144,7 +155,9 @@ class RLHFExperiment:
 
 
 def defaults(kind: type) -> ml_collections.ConfigDict:
-    """A ConfigDict of the defaults of a settings dataclass, nested ones included; what has to be named is still empty."""
+    """A ConfigDict of the defaults of a settings dataclass, nested ones included; what has to be named is still
+    empty.
+    """
     return ml_collections.ConfigDict(
         {
             field.name: defaults(_kind(field)) if field.default is dataclasses.MISSING else field.default
@@ -153,20 +166,22 @@ def defaults(kind: type) -> ml_collections.ConfigDict:
     )
 
 
-def from_config_dict(kind: type[Settings], config: ml_collections.ConfigDict) -> Settings:
+def from_config_dict(kind: Callable[..., Settings], config: ml_collections.ConfigDict) -> Settings:
     """The settings dataclass of a ConfigDict, checked.
 
     Raises:
         InputError: a field that is missing or unknown, or whose value is refused.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyrefly: ignore[bad-argument-type]
     if unknown := sorted(set(config) - set(fields)):
         raise InputError(f"config: unknown field {unknown[0]!r}, expected some of {', '.join(fields)}")
     values = {}
     for name, field in fields.items():
         if name in config:
             value = config[name]
-            values[name] = from_config_dict(_kind(field), value) if isinstance(value, ml_collections.ConfigDict) else value
+            values[name] = (
+                from_config_dict(_kind(field), value) if isinstance(value, ml_collections.ConfigDict) else value
+            )
     return kind(**values)
 
 
@@ -183,4 +198,4 @@ def describe(kind: type, config: ml_collections.ConfigDict, prefix: str = "confi
 
 
 def _kind(field: dataclasses.Field) -> type:
-    return type(field.default_factory())
+    return type(field.default_factory())  # pyrefly: ignore[not-callable]

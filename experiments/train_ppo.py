@@ -82,7 +82,12 @@ def prepare(settings: PPOExperiment) -> Setup:
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     minibatch = config.batch_size // config.num_minibatches
-    check("config.ppo.batch_size / num_minibatches", minibatch, minibatch % shares == 0, f"a multiple of mesh data x fsdp ({shares})")
+    check(
+        "config.ppo.batch_size / num_minibatches",
+        minibatch,
+        minibatch % shares == 0,
+        f"a multiple of mesh data x fsdp ({shares})",
+    )
 
     model = ActorCritic(model_config)
     sampling = SamplingConfig(
@@ -132,14 +137,16 @@ def judge_on_host(setup: Setup, rows: np.ndarray, responses: list[str]) -> np.nd
     return call_reward(setup.reward, [texts[i] for i in rows], responses, [columns[i] for i in rows])
 
 
-def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics, Rollout, Any, dict[str, float]]:
+def iterate(
+    setup: Setup, state: TrainState, rows: np.ndarray
+) -> tuple[TrainState, Metrics, Rollout, Any, dict[str, float]]:
     """One PPO iteration, as one program, or as two around a reward on the host.
 
     Returns:
         (state, metrics, rollout, scores, seconds by `time/*` name).
     """
     batch, clock = batch_of(setup, rows), _Stopwatch()
-    if setup.reward is None:
+    if setup.step.iterate:
         state, metrics, rollout, scores = setup.step.iterate(state, setup.ref_params, batch)
     else:
         rollout = jax.block_until_ready(setup.step.act(state, batch))
@@ -180,7 +187,12 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     state, start = setup.state, checkpoints.latest_step() or 0
     if start:
         state = checkpoints.restore(state)
-    check("config.num_iterations", settings.num_iterations, settings.num_iterations >= start, f"at least the {start} that {workdir} has")
+    check(
+        "config.num_iterations",
+        settings.num_iterations,
+        settings.num_iterations >= start,
+        f"at least the {start} that {workdir} has",
+    )
     if start == settings.num_iterations and (workdir / "results.json").exists():
         return json.loads((workdir / "results.json").read_text())
     truncate_jsonl(workdir / "samples.jsonl", "iteration", start)
@@ -208,7 +220,9 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
             if done or iteration % settings.samples_every == 0:
                 shown = [setup.prompts.texts[i] for i in rows[: settings.num_samples]]
                 answers, points = texts_of(setup, rollout)[: settings.num_samples], np.asarray(scores).tolist()
-                reporter.samples_table(shown, answers, points[: settings.num_samples], title=f"iteration {iteration + 1}")
+                reporter.samples_table(
+                    shown, answers, points[: settings.num_samples], title=f"iteration {iteration + 1}"
+                )
                 for prompt, response, score in zip(shown, answers, points, strict=False):
                     samples.write({"iteration": iteration, "prompt": prompt, "response": response, "score": score})
             if done or (iteration + 1) % settings.checkpoint_every == 0:
@@ -230,7 +244,11 @@ def announce(setup: Setup, reporter: Reporter, start: int) -> None:
         + (f"; going on after iteration {start}" if start else "")
     )
     limit = setup.settings.ppo.prompt_length
-    fate = f"{prompts.num_dropped} dropped, {prompts.num_cut} cut" if prompts.num_dropped + prompts.num_cut else "none longer"
+    fate = (
+        f"{prompts.num_dropped} dropped, {prompts.num_cut} cut"
+        if prompts.num_dropped + prompts.num_cut
+        else "none longer"
+    )
     reporter.print(f"prompts: {len(prompts.texts):,} of at most {limit} tokens ({fate})")
 
 
@@ -260,7 +278,9 @@ def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, Any]:
         {"prompt": prompt, "before": old, "after": new}
         for prompt, old, new in zip(setup.prompts.texts, answers_before, answers_after, strict=False)
     ]
-    atomic_write(workdir / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    atomic_write(
+        workdir / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    )
     results = {"before": before, "after": after, "samples": rows[: 2 * setup.settings.num_samples]}
     write_json(workdir / "results.json", results)
     return results
@@ -281,13 +301,15 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[st
         at = state.replace(key=place(jax.random.key(2**31 - 1)), step=place(jnp.int32(number)))
         rollout = setup.step.act(at, batch_of(setup, rows))
         responses = texts_of(setup, rollout)
-        scores = setup.step.score(rollout) if setup.reward is None else judge_on_host(setup, rows, responses)
+        scores = setup.step.score(rollout) if setup.step.score else judge_on_host(setup, rows, responses)
         measured = setup.step.measure(at, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch))
         all_metrics.append(jax.device_get(measured))
         all_scores.append(np.asarray(scores))
         answers += responses
     scores = np.concatenate(all_scores)
-    mean = {name.removeprefix("objective/"): float(np.mean([row[name] for row in all_metrics])) for name in all_metrics[0]}
+    mean = {
+        name.removeprefix("objective/"): float(np.mean([row[name] for row in all_metrics])) for name in all_metrics[0]
+    }
     return {
         "score": float(scores.mean()),
         "score_std": float(scores.std()),
@@ -300,8 +322,9 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[st
     }, answers
 
 
-def dry_run(setup: Setup) -> None:
+def dry_run(settings: PPOExperiment) -> None:
     """Compiles the programs of an iteration and prints what they cost on each device."""
+    setup = prepare(settings)
     batch = batch_of(setup, np.zeros(setup.settings.ppo.batch_size, int))
     if setup.step.iterate:
         programs = {"iterate": setup.step.iterate.lower(setup.state, setup.ref_params, batch)}
@@ -315,16 +338,12 @@ def dry_run(setup: Setup) -> None:
     print_costs({name: program_cost(lowered.compile()) for name, lowered in programs.items()})
 
 
-def main(settings: PPOExperiment, workdir: Path | None, is_dry_run: bool) -> None:
-    """Runs the experiment, or only compiles it."""
-    setup = prepare(settings)
-    if is_dry_run:
-        dry_run(setup)
-    else:
-        page = results_page(train(setup, workdir), workdir, settings.kl_limit)
-        atomic_write(workdir / "results.md", page.encode())
-        print(page)
+def main(settings: PPOExperiment, workdir: Path) -> None:
+    """Runs the experiment."""
+    page = results_page(train(prepare(settings), workdir), workdir, settings.kl_limit)
+    atomic_write(workdir / "results.md", page.encode())
+    print(page)
 
 
 if __name__ == "__main__":
-    cli.launch(PPOExperiment, main)
+    cli.launch(PPOExperiment, main, dry_run)

@@ -62,8 +62,7 @@ def prepare(settings: SFTExperiment) -> Setup:
         InputError: any of the inputs cannot be used.
     """
     folder = hub.resolve(settings.model) if settings.model else None
-    tokenizer_folder = hub.resolve(settings.tokenizer) if settings.tokenizer else folder
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(hub.resolve(settings.tokenizer or settings.model))
     eos_ids = hub.load_eos_ids(folder) if folder else ()
     special = special_tokens(tokenizer, eos_ids, settings.pad_token, settings.eos_token)
     if folder:
@@ -79,7 +78,12 @@ def prepare(settings: SFTExperiment) -> Setup:
         examples, heldout = split_off(examples, settings.heldout_frac)
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    check("config.batch_size", settings.batch_size, settings.batch_size % shares == 0, f"a multiple of mesh data x fsdp ({shares})")
+    check(
+        "config.batch_size",
+        settings.batch_size,
+        settings.batch_size % shares == 0,
+        f"a multiple of mesh data x fsdp ({shares})",
+    )
 
     model = Decoder(model_config)
     init_key, key = jax.random.split(jax.random.key(settings.seed))
@@ -170,7 +174,9 @@ def train(setup: Setup, workdir: Path) -> dict[str, float]:
                 seconds = time.perf_counter() - began
                 row |= {"optim/lr": float(setup.schedule(number)), "time/tokens_per_s": tokens / seconds}
                 if not math.isfinite(row["sft/loss"]):
-                    raise InputError(f"step {number}: sft/loss: got {row['sft/loss']}, expected a finite number; try a smaller config.lr")
+                    raise InputError(
+                        f"step {number}: sft/loss: got {row['sft/loss']}, expected a finite number: lower config.lr"
+                    )
                 began, tokens = time.perf_counter(), 0
             if last or done % settings.eval_every == 0:
                 loss = heldout_loss(setup, state.params)
@@ -197,7 +203,9 @@ def announce(setup: Setup, reporter: Reporter, start: int) -> None:
 def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, float]:
     """Exports the model, draws the curves, and measures the held-out perplexity."""
     params, special = jax.device_get(state.params), setup.special
-    hub.save(workdir / "model", params, setup.model.config, setup.tokenizer, eos_ids=special.eos_ids, pad_id=special.pad_id)
+    hub.save(
+        workdir / "model", params, setup.model.config, setup.tokenizer, eos_ids=special.eos_ids, pad_id=special.pad_id
+    )
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", SFT_PANELS, title=workdir.name)
     loss = heldout_loss(setup, state.params)
     results = {"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
@@ -205,21 +213,18 @@ def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, float]:
     return results
 
 
-def dry_run(setup: Setup) -> None:
+def dry_run(settings: SFTExperiment) -> None:
     """Compiles the training step and prints what it costs on each device."""
+    setup = prepare(settings)
     batch = batch_of(setup, setup.examples, np.zeros(setup.settings.batch_size, int))
     print_costs({"learn": program_cost(setup.step.learn.lower(setup.state, batch).compile())})
 
 
-def main(settings: SFTExperiment, workdir: Path | None, is_dry_run: bool) -> None:
-    """Runs the experiment, or only compiles it."""
-    setup = prepare(settings)
-    if is_dry_run:
-        dry_run(setup)
-    else:
-        results = train(setup, workdir)
-        print(f"held-out perplexity: {results['heldout/perplexity']:.3f}; model: {workdir / 'model'}")
+def main(settings: SFTExperiment, workdir: Path) -> None:
+    """Runs the experiment."""
+    results = train(prepare(settings), workdir)
+    print(f"held-out perplexity: {results['heldout/perplexity']:.3f}; model: {workdir / 'model'}")
 
 
 if __name__ == "__main__":
-    cli.launch(SFTExperiment, main)
+    cli.launch(SFTExperiment, main, dry_run)

@@ -17,8 +17,8 @@ class CheckpointError(InputError):
 class Checkpointer:
     """Saves train states by step, keeps the newest few, and finds the newest again.
 
-    A save is durable when `save` returns: it is written beside the others and renamed, so that a kill at any moment leaves
-    the earlier steps whole and this one absent.
+    A save is durable when `save` returns: it is written beside the others and renamed, so that a kill at any moment
+    leaves the earlier steps whole and this one absent.
     """
 
     def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:

@@ -60,8 +60,15 @@ class PPOConfig:
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
         for name in "adam_b1 adam_b2".split():
             check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        check("min_new_tokens", self.min_new_tokens, 0 <= self.min_new_tokens <= self.response_length, "from 0 to response_length")
-        check("kl_estimator", self.kl_estimator, self.kl_estimator in KL_ESTIMATORS, "one of " + ", ".join(KL_ESTIMATORS))
+        check(
+            "min_new_tokens",
+            self.min_new_tokens,
+            0 <= self.min_new_tokens <= self.response_length,
+            "from 0 to response_length",
+        )
+        check(
+            "kl_estimator", self.kl_estimator, self.kl_estimator in KL_ESTIMATORS, "one of " + ", ".join(KL_ESTIMATORS)
+        )
         check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
         check(
             "batch_size",

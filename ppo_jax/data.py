@@ -37,7 +37,9 @@ def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
     if path.is_file():
         rows = list(_jsonl_rows(path))
     elif path.suffix in (".jsonl", ".json") or path.exists() or source.startswith((".", "/", "~")) or not source:
-        raise DataError(f"{source or 'data source'}: no such file; expected a JSONL file or the name of a Hugging Face dataset")
+        raise DataError(
+            f"{source or 'data source'}: no such file; expected a JSONL file or the name of a Hugging Face dataset"
+        )
     else:
         rows = _hub_rows(source, split)
     if not rows:
@@ -93,7 +95,8 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, tokenizes and pads prompts.
 
-    The prompt is the first of the columns `prompt` (text or chat messages), `messages` (chat) and `text` that a row has.
+    The prompt is the first of the columns `prompt` (text or chat messages), `messages` (chat) and `text` that a row
+    has.
 
     Args:
         source: see `load_rows`.
@@ -141,7 +144,9 @@ def _take_prompt(row: dict[str, Any], where: str) -> tuple[str | list, dict[str,
             prompt = row[name]
             is_chat = isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)
             if not isinstance(prompt, str) and not is_chat:
-                raise DataError(f"{where}: column {name!r}: got {type(prompt).__name__}, expected text or a list of chat messages")
+                raise DataError(
+                    f"{where}: column {name!r}: got {type(prompt).__name__}, expected text or a list of chat messages"
+                )
             return prompt, {key: value for key, value in row.items() if key != name}
     raise DataError(f"{where}: got columns {', '.join(row) or 'none'}, expected one of {', '.join(PROMPT_COLUMNS)}")
 
@@ -180,7 +185,9 @@ def load_examples(
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
             prompt, text = row["prompt"], row["prompt"] + row["completion"]
         else:
-            raise DataError(f"{source}: row {number}: got columns {', '.join(row) or 'none'}, expected text, or prompt and completion")
+            raise DataError(
+                f"{source}: row {number}: got columns {', '.join(row) or 'none'}, expected text or prompt, completion"
+            )
         ids.append([*encode_prompt(tokenizer, text), special.eos_ids[0]])
         prompt_sizes.append(len(encode_prompt(tokenizer, prompt)) if prompt else 0)
     tokens, mask = pad([row[:length] for row in ids], length, special.pad_id, side="right")
@@ -189,7 +196,9 @@ def load_examples(
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Stacks token lists of at most `length` into (tokens `[num, length]` int32, mask bool), padded on "left" or "right"."""
+    """Stacks token lists of at most `length` into (tokens `[num, length]` int32, mask bool), padded on "left" or
+    "right".
+    """
     tokens = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):

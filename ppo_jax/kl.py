@@ -74,9 +74,7 @@ def is_last(mask: jax.Array) -> jax.Array:
     return mask & (later == 1)
 
 
-def adaptive_kl_coef(
-    kl_coef: jax.Array, kl: jax.Array, target: float, horizon: float, batch_size: int
-) -> jax.Array:
+def adaptive_kl_coef(kl_coef: jax.Array, kl: jax.Array, target: float, horizon: float, batch_size: int) -> jax.Array:
     """The coefficient after one batch: raised when the KL is above its target, lowered when below.
 
     coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) batch_size / horizon)

@@ -23,13 +23,14 @@ def clipped_policy_loss(
         clip_eps: half width of the trust interval, > 0.
 
     Returns:
-        (loss `[]`, metrics): `clip_frac`, the fraction of tokens on which the clip binds; `approx_kl`, the k3 estimate of
-        KL(old || new) in nats; `ratio_max`; `ratio_dev`, the largest |ratio - 1|.
+        (loss `[]`, metrics): `clip_frac`, the fraction of tokens on which the clip binds; `approx_kl`, the k3 estimate
+        of KL(old || new) in nats; `ratio_max`; `ratio_dev`, the largest |ratio - 1|.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7.
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    # Masked tokens have arbitrary logprobs: their ratio is set to one before exp, so that neither it nor its gradient overflows.
+    # Masked tokens have arbitrary logprobs: their ratio is set to one before exp, so that neither it nor its gradient
+    # overflows.
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     unclipped = -advantages * ratio

@@ -57,7 +57,9 @@ def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: f
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant; `[]`."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant;
+    `[]`.
+    """
     return 1.0 - masked_var(returns - values, mask) / (masked_var(returns, mask) + 1e-8)
 
 

@@ -14,9 +14,9 @@ def program_cost(compiled: Any) -> dict[str, float]:
         compiled: from `jax.jit(f).lower(*arguments).compile()`.
 
     Returns:
-        `arguments_mb`, `outputs_mb`, `temporaries_mb`, `donated_mb` (outputs that reuse arguments), `peak_mb` (arguments +
-        outputs + temporaries - donated), in 2^20 bytes, and `gflops` (10^9 floating-point operations, with the body of
-        every loop counted once, as XLA counts). A figure that the backend does not give is NaN.
+        `arguments_mb`, `outputs_mb`, `temporaries_mb`, `donated_mb` (outputs that reuse arguments), `peak_mb`
+        (arguments + outputs + temporaries - donated), in 2^20 bytes, and `gflops` (10^9 floating-point operations, with
+        the body of every loop counted once, as XLA counts). A figure that the backend does not give is NaN.
     """
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
 

@@ -10,19 +10,22 @@ One iteration, read from top to bottom:
 `make_train_step` composes these into compiled programs: one, when the score is JAX; two with the score on the host in
 between, when it is a Python function. Both run the same functions.
 
-Sources: Ziegler et al. 2019 (arXiv:1909.08593) for the KL-shaped reward and one PPO over whole responses; Schulman et al.
-2017 (arXiv:1707.06347) for the clipped loss; Huang et al. 2024, "The N Implementation Details of RLHF with PPO".
+Sources: Ziegler et al. 2019 (arXiv:1909.08593) for the KL-shaped reward and one PPO over whole responses; Schulman et
+al. 2017 (arXiv:1707.06347) for the clipped loss; Huang et al. 2024, "The N Implementation Details of RLHF with PPO".
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.stages import Wrapped  # what jax.jit returns
 
 from ppo_jax.advantages import gae
 from ppo_jax.config import PPOConfig
+from ppo_jax.errors import InputError
 from ppo_jax.kl import adaptive_kl_coef, is_last, kl_estimate, kl_shaped_rewards
 from ppo_jax.losses import clipped_policy_loss, clipped_value_loss
 from ppo_jax.models import ActorCritic, Decoder, causal_mask, positions_of
@@ -196,7 +199,8 @@ def update(
     (params, opt_state), history = jax.lax.scan(epoch, (params, opt_state), keys)
     metrics = {name: jnp.mean(x) for name, x in history.items()}  # each x is [num_epochs, num_minibatches]
     metrics["policy/ratio_max"] = jnp.max(history["policy/ratio_max"])
-    # Before the first gradient step the policy that learns is the policy that acted: anything but ratio one is a defect.
+    # Before the first gradient step the policy that learns is the policy that acted: anything but ratio one is a
+    # defect.
     del metrics["policy/ratio_dev"]
     metrics["policy/first_ratio_dev"] = history["policy/ratio_dev"][0, 0]
     metrics["policy/first_approx_kl"] = history["policy/approx_kl"][0, 0]
@@ -206,18 +210,18 @@ def update(
 class TrainStep(NamedTuple):
     """The compiled programs of an iteration.
 
-    With a score in pure JAX the whole iteration is one program, `iterate(state, ref_params, prompts) -> (state, metrics,
-    experience, scores)`. With a score on the host `iterate` and `score` are None and the caller runs `act(state, prompts)
-    -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`. The state that goes into
-    `iterate` and `learn` is donated: use the one that comes out. `measure(state, ref_params, rollout, scores) -> metrics`
-    looks at a rollout without learning from it.
+    With a score in pure JAX the whole iteration is one program, `iterate(state, ref_params, prompts) -> (state,
+    metrics, experience, scores)`. With a score on the host `iterate` and `score` are None and the caller runs
+    `act(state, prompts) -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`.
+    The state that goes into `iterate` and `learn` is donated: use the one that comes out. `measure(state, ref_params,
+    rollout, scores) -> metrics` looks at a rollout without learning from it.
     """
 
-    act: Callable[[TrainState, Prompts], Rollout]
-    learn: Callable[[TrainState, Params, Rollout, jax.Array], tuple[TrainState, Metrics]]
-    measure: Callable[[TrainState, Params, Rollout, jax.Array], Metrics]
-    score: Callable[[Rollout], jax.Array] | None
-    iterate: Callable[[TrainState, Params, Prompts], tuple[TrainState, Metrics, Experience, jax.Array]] | None
+    act: Wrapped
+    learn: Wrapped
+    measure: Wrapped
+    score: Wrapped | None
+    iterate: Wrapped | None
 
 
 def make_train_step(
@@ -239,12 +243,12 @@ def make_train_step(
         score: a judge in pure JAX; None: the scores come from the host.
 
     Raises:
-        ValueError: a sampling rule that the log-probabilities of training do not know.
+        InputError: a sampling rule that the log-probabilities of training do not know.
     """
     if sampling.top_k or sampling.top_p < 1 or sampling.temperature == 0:
-        raise ValueError(
-            f"sampling: got top_k={sampling.top_k}, top_p={sampling.top_p}, temperature={sampling.temperature}, expected "
-            "top_k=0, top_p=1, temperature > 0: PPO trains on the distribution that it samples from"
+        raise InputError(
+            f"sampling: got top_k={sampling.top_k}, top_p={sampling.top_p}, temperature={sampling.temperature}, "
+            "expected top_k=0, top_p=1, temperature > 0: PPO trains on the distribution that it samples from"
         )
 
     def keys(state: TrainState) -> jax.Array:
@@ -273,7 +277,7 @@ def make_train_step(
         return improve(state, experience, metrics)
 
     def iterate(
-        state: TrainState, ref_params: Params, prompts: Prompts
+        score: Score, state: TrainState, ref_params: Params, prompts: Prompts
     ) -> tuple[TrainState, Metrics, Experience, jax.Array]:
         experience, scores, metrics = collect(
             model, state.params, ref_params, prompts, score, keys(state)[0], state.kl_coef, config, sampling
@@ -294,14 +298,15 @@ def make_train_step(
             in_shardings=(at.state, at.ref_params, at.batch, at.batch),
             out_shardings=at.replicated,
         ),
-        score=score and jax.jit(score, in_shardings=(at.batch,), out_shardings=at.batch),
-        iterate=score
-        and jax.jit(
-            iterate,
+        score=jax.jit(score, in_shardings=(at.batch,), out_shardings=at.batch) if score else None,
+        iterate=jax.jit(
+            partial(iterate, score),
             in_shardings=(at.state, at.ref_params, at.batch),
             out_shardings=(at.state, at.replicated, at.batch, at.batch),
             donate_argnames="state",
-        ),
+        )
+        if score
+        else None,
     )
 
 

@@ -26,8 +26,8 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
         Whether the folder held this run already.
 
     Raises:
-        RunError: the folder holds a run of another configuration (names the fields), a damaged config.json, or files but no
-            config.json.
+        RunError: the folder holds a run of another configuration (names the fields), a damaged config.json, or files
+            but no config.json.
     """
     folder = Path(workdir)
     path = folder / "config.json"
@@ -35,7 +35,9 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
         raise RunError(f"workdir {folder}: it is a file, expected a folder")
     if not path.exists():
         if folder.exists() and any(name != ".config.json.tmp" for name in os.listdir(folder)):
-            raise RunError(f"workdir {folder}: it holds files but no config.json; expected an empty folder or one of this run")
+            raise RunError(
+                f"workdir {folder}: it holds files but no config.json; expected an empty folder or one of this run"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
         return False
@@ -50,7 +52,10 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
         if ours.get(name) != theirs.get(name) and name not in may_change
     ]
     if differing:
-        raise RunError(f"workdir {folder}: it holds another configuration ({'; '.join(differing)}); expected another workdir or these settings")
+        raise RunError(
+            f"workdir {folder}: it holds another configuration ({'; '.join(differing)}); "
+            "expected another workdir or these settings"
+        )
     write_json(path, config)
     return True
 

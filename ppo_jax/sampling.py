@@ -113,7 +113,9 @@ def draw(key: jax.Array, logits: jax.Array, block: int = 256) -> jax.Array:
 
 
 def _invert_cumulative(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Index drawn in proportion to `weights` `[B, n]` by `uniform` `[B]` in [0, 1); never one of weight zero; `[B]` int32."""
+    """Index drawn in proportion to `weights` `[B, n]` by `uniform` `[B]` in [0, 1); never one of weight zero; `[B]`
+    int32.
+    """
     cumulative = jnp.cumsum(weights, axis=-1)
     total = cumulative[:, -1]
     # Rounding may lift the target to the total, past the last token that has any weight.
@@ -130,9 +132,7 @@ class _Decoding(NamedTuple):
     rollout: Rollout
 
 
-def generate(
-    model: ActorCritic, params: Params, prompts: Prompts, key: jax.Array, sampling: SamplingConfig
-) -> Rollout:
+def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Array, sampling: SamplingConfig) -> Rollout:
     """Samples a response to every prompt.
 
     Args:

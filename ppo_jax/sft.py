@@ -1,11 +1,11 @@
 """Supervised learning of the next token: pretraining on text, fine-tuning on completions."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.stages import Wrapped  # what jax.jit returns
 
 from ppo_jax.losses import next_token_loss
 from ppo_jax.models import Decoder, causal_mask, positions_of
@@ -39,8 +39,8 @@ class SFTStep(NamedTuple):
     log-likelihood, tokens)` serves held-out perplexity.
     """
 
-    learn: Callable[[TrainState, Examples], tuple[TrainState, Metrics]]
-    measure: Callable[[Params, Examples], tuple[jax.Array, jax.Array]]
+    learn: Wrapped
+    measure: Wrapped
 
 
 def make_sft_step(model: Decoder, tx: optax.GradientTransformation, shardings: Shardings) -> SFTStep:

@@ -49,7 +49,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         data = max(1, available // (fsdp * tensor))
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or math.prod(sizes) > available:
-        raise InputError(f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected at most {available} devices")
+        raise InputError(
+            f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected at most {available} devices"
+        )
     devices = jax.devices()[: math.prod(sizes)]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -78,7 +80,9 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
                     for axis, size in zip(tuple(spec) + (None,) * len(leaf.shape), leaf.shape, strict=False)
                 )
                 return NamedSharding(mesh, P(*fits))
-        raise ValueError(f"sharding: no rule for parameter {name} of shape {leaf.shape}; add a row to RULES in ppo_jax/sharding.py")
+        raise ValueError(
+            f"sharding: no rule for parameter {name} of shape {leaf.shape}; add a row to RULES in ppo_jax/sharding.py"
+        )
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -95,7 +99,7 @@ def make_shardings(mesh: Mesh, state: TrainState) -> Shardings:
             key=replicated,
             kl_coef=replicated,
         ),
-        ref_params=params["decoder"] if "decoder" in params else params,
+        ref_params=params.get("decoder", params),
         batch=NamedSharding(mesh, P(("data", "fsdp"))),
         replicated=replicated,
     )

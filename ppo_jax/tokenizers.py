@@ -42,8 +42,8 @@ def special_tokens(
     """Resolves pad and EOS by stated rules, and sets the tokenizer's own accordingly.
 
     EOS is `eos_token`, or else the tokenizer's EOS together with `extra_eos_ids` (a model's generation_config may name
-    several). Pad is `pad_token`, or else the tokenizer's pad, or else its unknown token; it may coincide with EOS, since
-    what counts is decided by masks and never by comparing with the pad id.
+    several). Pad is `pad_token`, or else the tokenizer's pad, or else its unknown token; it may coincide with EOS,
+    since what counts is decided by masks and never by comparing with the pad id.
 
     Args:
         tokenizer: changed in place where a token was given or borrowed.
@@ -58,13 +58,16 @@ def special_tokens(
         tokenizer.eos_token = _known(tokenizer, "eos_token", eos_token)
         extra_eos_ids = ()
     if tokenizer.eos_token_id is None:
-        raise TokenizerError("tokenizer: it has no EOS token; expected one, or a token of its vocabulary in config.eos_token")
+        raise TokenizerError(
+            "tokenizer: it has no EOS token; expected one, or a token of its vocabulary in config.eos_token"
+        )
     if pad_token:
         tokenizer.pad_token = _known(tokenizer, "pad_token", pad_token)
     elif tokenizer.pad_token_id is None:
         if tokenizer.unk_token_id is None:
             raise TokenizerError(
-                "tokenizer: it has neither a pad nor an unknown token; expected one, or a token of its vocabulary in config.pad_token"
+                "tokenizer: it has neither a pad nor an unknown token; "
+                "expected one, or a token of its vocabulary in config.pad_token"
             )
         tokenizer.pad_token = tokenizer.unk_token
     eos_ids = dict.fromkeys([int(tokenizer.eos_token_id), *(int(i) for i in extra_eos_ids)])
@@ -97,11 +100,16 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
         TokenizerError: the tokenizer has no chat template, or its template refuses these messages.
     """
     if not tokenizer.chat_template:
-        raise TokenizerError("tokenizer: it has no chat template; expected one for prompts that are chat messages, or prompts that are text")
+        raise TokenizerError(
+            "tokenizer: it has no chat template; "
+            "expected one for prompts that are chat messages, or prompts that are text"
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what its author wrote
-        raise TokenizerError(f"tokenizer: its chat template refuses {messages!r}: {str(error).splitlines()[0]}") from error
+        raise TokenizerError(
+            f"tokenizer: its chat template refuses {messages!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def decode_responses(
@@ -109,8 +117,8 @@ def decode_responses(
 ) -> list[str]:
     """Text of each response, without special tokens.
 
-    A prompt and its response are decoded together and the prompt's text is cut off again: decoded alone, a response would
-    lose the space that it begins with in SentencePiece vocabularies.
+    A prompt and its response are decoded together and the prompt's text is cut off again: decoded alone, a response
+    would lose the space that it begins with in SentencePiece vocabularies.
 
     Args:
         tokenizer: of the model.
@@ -118,7 +126,9 @@ def decode_responses(
         mask: `[B, S]` bool.
         response_length: R; the last R slots are the response.
     """
-    rows = [(row[:-response_length][keep[:-response_length]], row[keep]) for row, keep in zip(tokens, mask, strict=True)]
+    rows = [
+        (row[:-response_length][keep[:-response_length]], row[keep]) for row, keep in zip(tokens, mask, strict=True)
+    ]
     prompts = tokenizer.batch_decode([prompt for prompt, _ in rows], skip_special_tokens=True)
     texts = tokenizer.batch_decode([whole for _, whole in rows], skip_special_tokens=True)
     alone = tokenizer.batch_decode([whole[len(prompt) :] for prompt, whole in rows], skip_special_tokens=True)

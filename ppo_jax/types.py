@@ -52,8 +52,8 @@ class Examples(_Replaceable):
 class Rollout(_Replaceable):
     """What acting leaves behind: prompts with sampled responses, and what the policy thought of each token.
 
-    `logprobs[:, t]` and `values[:, t]` belong to response token t: its log-probability under the distribution that it was
-    drawn from (nats), and the critic's value of the state before it.
+    `logprobs[:, t]` and `values[:, t]` belong to response token t: its log-probability under the distribution that it
+    was drawn from (nats), and the critic's value of the state before it.
     """
 
     tokens: jax.Array  # [B, S] int32

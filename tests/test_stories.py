@@ -1,8 +1,7 @@
 """A real pretrained model against the numbers that lie beside it, which torch computed in float64.
 
-stories15M: Llama architecture, 15 million parameters, pretrained on TinyStories. Tolerances: float32 torch itself is off by
-up to 3.2e-5 in a logit (the file says so), of 20 in magnitude; 2e-4 is 1e-5 of that. The numbers are rounded to 6 digits
-after the point.
+stories15M: Llama architecture, 15 million parameters, pretrained on TinyStories. Tolerance: float32 torch itself is off
+by up to 3.2e-5 in a logit (the file says so), of 20 in magnitude; 2e-4 is 1e-5 of that.
 """
 
 import json

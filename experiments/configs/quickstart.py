@@ -1,6 +1,7 @@
-"""The whole road on two CPU cores, offline: write a corpus of reviews, pretrain a small Llama on it, PPO towards praise.
+"""The whole road on two CPU cores, offline: write a corpus of reviews, pretrain a small Llama on it, PPO towards
+praise.
 
-    make quickstart
+make quickstart
 """
 
 import ml_collections
@@ -13,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = defaults(RLHFExperiment)
 
     config.pretrain.length = 64
-    config.pretrain.num_steps = 600
+    config.pretrain.num_steps = 900
     config.pretrain.batch_size = 32
     config.pretrain.lr = 3e-3
     config.pretrain.warmup_steps = 30
@@ -35,6 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.ppo.response_length = 40
     config.ppo.ppo.num_epochs = 2
     config.ppo.ppo.num_minibatches = 4
-    config.ppo.ppo.lr = 2e-4
-    config.ppo.ppo.kl_coef = 0.02
+    config.ppo.ppo.lr = 1e-4
+    config.ppo.ppo.kl_coef = 0.05
     return config

@@ -57,4 +57,9 @@ class ModelConfig:
             check(name, getattr(self, name), getattr(self, name) in allowed, "one of " + ", ".join(allowed))
         kv_heads, head_dim = self.num_kv_heads, self.head_dim
         check("num_kv_heads", kv_heads, self.num_heads % kv_heads == 0, f"a divisor of num_heads ({self.num_heads})")
-        check("head_dim", head_dim, self.positions == "learned" or head_dim % 2 == 0, "an even number for rotary positions")
+        check(
+            "head_dim",
+            head_dim,
+            self.positions == "learned" or head_dim % 2 == 0,
+            "an even number for rotary positions",
+        )

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 
 
 class ValueHead(nn.Module):
-    """A linear critic in float32. It starts at zero, so that the first advantages are those of no critic, not of noise."""
+    """A linear critic in float32. It starts at zero, so that the first advantages are those of no critic, not of
+    noise.
+    """
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The decoder: GPT-2 or Llama by `ModelConfig`, with a key/value cache that is an explicit argument and result.
 
-Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Su et al. 2021 (rotary positions), Ainslie et al. 2023
-(grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm).
+Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Su et al. 2021 (rotary positions), Ainslie et al.
+2023 (grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm).
 """
 
 from collections.abc import Callable
@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from ppo_jax.errors import InputError
 from ppo_jax.models.config import ModelConfig
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]
-"""Keys and values of each layer, each [B, S, K, H]; slot s belongs to token s of the padded sequence."""
+LayerCache = tuple[jax.Array, jax.Array]
+"""Keys and values of one layer, each [B, S, K, H]; slot s belongs to token s of the padded sequence."""
+
+Cache = tuple[LayerCache, ...]
+"""A `LayerCache` for each layer."""
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -118,7 +121,9 @@ def _dense(config: ModelConfig, features: int, bias: bool, init_std: float | Non
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """GPT-2's smaller initialisation of what adds to the residual stream, so that its variance does not grow with depth."""
+    """GPT-2's smaller initialisation of what adds to the residual stream, so that its variance does not grow with
+    depth.
+    """
     return config.init_std / (2 * config.num_layers) ** 0.5
 
 
@@ -140,9 +145,9 @@ class Attention(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: LayerCache | None,
         slot: jax.Array | int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """Arguments as `Decoder.trunk`, for one layer."""
         config = self.config
         batch, length, _ = x.shape
@@ -198,9 +203,9 @@ class Block(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: LayerCache | None,
         slot: jax.Array | int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """Arguments as `Decoder.trunk`, for one layer."""
         heads, cache = self.attention(self.attention_norm(x), positions, mask, cache, slot)
         x = x + heads
@@ -208,12 +213,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks and vocabulary projection. `trunk` and `logits` are apart, so that nobody projects what nobody reads."""
+    """Embeddings, blocks and vocabulary projection. `trunk` and `logits` are apart, so that nobody projects what
+    nobody reads.
+    """
 
     config: ModelConfig
 
     def setup(self) -> None:
-        """Makes all layers; parameter names are documented in `ppo_jax.hub.families`, where they meet Hugging Face's."""
+        """Makes all layers; parameter names are documented in `ppo_jax.hub.families`, where they meet Hugging
+        Face's.
+        """
         config = self.config
         embed = partial(
             nn.Embed,
@@ -268,11 +277,12 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if self.config.positions == "learned":
             x = x + self.positions(positions)
-        layers = []
+        extended: list[LayerCache] = []
         for i, layer in enumerate(self.layer):
             x, layer_cache = layer(x, positions, mask, None if cache is None else cache[i], slot)
-            layers.append(layer_cache)
-        return self.final_norm(x), None if cache is None else tuple(layers)
+            if layer_cache is not None:
+                extended.append(layer_cache)
+        return self.final_norm(x), tuple(extended) or None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Vocabulary projection: `[..., D]` to `[..., V]` float32."""
@@ -282,6 +292,8 @@ class Decoder(nn.Module):
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Logits `[B, S, V]` float32 of padded sequences, all at once: for tests and small models; `mask` is `[B, S]`."""
+        """Logits `[B, S, V]` float32 of padded sequences, all at once: for tests and small models; `mask` is `[B,
+        S]`.
+        """
         hidden, _ = self.trunk(tokens, positions_of(mask), causal_mask(mask))
         return self.logits(hidden)

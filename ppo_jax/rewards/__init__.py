@@ -1,4 +1,6 @@
-"""Judges. In the program: a `Score`, rollout to `[B]`, in pure JAX. On the host: `reward(prompts, completions, **columns)`."""
+"""Judges. In the program: a `Score`, rollout to `[B]`, in pure JAX. On the host: `reward(prompts, completions,
+**columns)`.
+"""
 
 from ppo_jax.rewards.host import HostReward, RewardError, call_reward
 from ppo_jax.rewards.lexicon import make_lexicon_score

@@ -8,7 +8,9 @@ import numpy as np
 from ppo_jax.errors import InputError
 
 HostReward = Callable[..., Sequence[float]]
-"""`reward(prompts, completions, **columns) -> list[float]`: lists of B texts; `columns` holds the data's other columns."""
+"""`reward(prompts, completions, **columns) -> list[float]`: lists of B texts; `columns` holds the data's other
+columns.
+"""
 
 
 class RewardError(InputError):
@@ -41,7 +43,10 @@ def call_reward(
         reason = str(error).splitlines()[0] if str(error) else "no message"
         raise RewardError(f"reward {name}: {type(error).__name__}: {reason}; prompts: {_shorten(prompts)}") from error
     if len(scores) != len(prompts):
-        raise RewardError(f"reward {name}: got {len(scores)} scores, expected {len(prompts)}, one a prompt; prompts: {_shorten(prompts)}")
+        raise RewardError(
+            f"reward {name}: got {len(scores)} scores, expected {len(prompts)}, one a prompt; "
+            f"prompts: {_shorten(prompts)}"
+        )
     result = np.array(scores, np.float32)
     bad = np.flatnonzero(~np.isfinite(result))
     if bad.size:

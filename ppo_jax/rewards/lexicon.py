@@ -32,7 +32,9 @@ def make_lexicon_score(
         for word in sorted(words):
             ids = tokenizer.encode(" " + word, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise InputError(f"lexicon: got {word!r}, which the tokenizer splits or does not know; expected a single token")
+                raise InputError(
+                    f"lexicon: got {word!r}, which the tokenizer splits or does not know; expected a single token"
+                )
             weights[ids[0]] = weight
 
     def score(rollout: Rollout) -> jax.Array:
