@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
@@ -37,6 +38,9 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
             print_config(kind, config)
             return
         settings = from_config_dict(kind, config)
+        # float32 means float32: by default a GPU or TPU multiplies it with fewer digits, and acting and learning
+        # disagree.
+        jax.config.update("jax_default_matmul_precision", "float32")
         if _DRY_RUN.value:
             dry_run(settings)
         elif _WORKDIR.value:

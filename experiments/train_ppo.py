@@ -26,7 +26,7 @@ from ppo_jax import hub
 from ppo_jax.checkpoint import Checkpointer
 from ppo_jax.data import PromptSet, batch_indices, load_prompts
 from ppo_jax.errors import InputError, check
-from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
+from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, read_jsonl, truncate_jsonl
 from ppo_jax.models import ActorCritic
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
@@ -37,7 +37,7 @@ from ppo_jax.runs import open_run, write_json
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import decode_responses, load_tokenizer, special_tokens
-from ppo_jax.types import Metrics, Params, Prompts, Rollout, TrainState
+from ppo_jax.types import Params, Prompts, Rollout, TrainState
 
 MAY_CHANGE = ("checkpoint_every", "checkpoints_to_keep", "samples_every", "num_samples", "eval_prompts", "trackers")
 """Fields that a restart may change: they do not touch the training. So may `num_iterations` under a constant rate."""
@@ -137,13 +137,11 @@ def judge_on_host(setup: Setup, rows: np.ndarray, responses: list[str]) -> np.nd
     return call_reward(setup.reward, [texts[i] for i in rows], responses, [columns[i] for i in rows])
 
 
-def iterate(
-    setup: Setup, state: TrainState, rows: np.ndarray
-) -> tuple[TrainState, Metrics, Rollout, Any, dict[str, float]]:
+def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainState, dict[str, float], Rollout, Any]:
     """One PPO iteration, as one program, or as two around a reward on the host.
 
     Returns:
-        (state, metrics, rollout, scores, seconds by `time/*` name).
+        (state, metrics with `optim/lr` and `time/*`, rollout, scores).
     """
     batch, clock = batch_of(setup, rows), _Stopwatch()
     if setup.step.iterate:
@@ -156,9 +154,16 @@ def iterate(
         state, metrics = setup.step.learn(
             state, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch)
         )
-    metrics = jax.device_get(metrics)  # waits
-    clock.lap("time/learn_s" if setup.reward else "time/program_s")
-    return state, metrics, rollout, scores, clock.laps
+    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}  # waits
+    clock.lap("time/program_s" if setup.step.iterate else "time/learn_s")
+    seconds = sum(clock.laps.values())
+    config = setup.settings.ppo
+    metrics["optim/lr"] = float(setup.schedule(int(state.step) * config.updates_per_iteration - 1))
+    metrics |= clock.laps | {
+        "time/iteration_s": seconds,
+        "time/tokens_per_s": metrics["objective/length"] * config.batch_size / seconds,
+    }
+    return state, metrics, rollout, scores
 
 
 class _Stopwatch:
@@ -184,55 +189,59 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
     open_run(workdir, dataclasses.asdict(settings), may_change)
     checkpoints = Checkpointer(workdir / "checkpoints", settings.checkpoints_to_keep)
-    state, start = setup.state, checkpoints.latest_step() or 0
-    if start:
+    state, done = setup.state, checkpoints.latest_step() or 0
+    total = settings.num_iterations
+    check("config.num_iterations", total, total >= done, f"at least the {done} that {workdir} has")
+    if done:
         state = checkpoints.restore(state)
-    check(
-        "config.num_iterations",
-        settings.num_iterations,
-        settings.num_iterations >= start,
-        f"at least the {start} that {workdir} has",
-    )
-    if start == settings.num_iterations and (workdir / "results.json").exists():
-        return json.loads((workdir / "results.json").read_text())
-    truncate_jsonl(workdir / "samples.jsonl", "iteration", start)
+    kl, results = last_kl(workdir, done), workdir / "results.json"
+    if is_over(settings, done, kl) and results.exists():
+        saved = json.loads(results.read_text())
+        if saved["iterations"] == done:
+            return saved
+    truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
     trackers = ["tensorboard", *filter(None, (name.strip() for name in settings.trackers.split(",")))]
-    writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
-    with (
-        writers,
-        JsonlWriter(workdir / "samples.jsonl") as samples,
-        Reporter(settings.num_iterations, start) as reporter,
-    ):
-        announce(setup, reporter, start)
-        for iteration in range(start, settings.num_iterations):
-            began = time.perf_counter()
-            rows = batch_indices(len(setup.prompts.texts), settings.ppo.batch_size, iteration, settings.seed)
-            state, metrics, rollout, scores, seconds = iterate(setup, state, rows)
-            metrics = {name: float(x) for name, x in metrics.items()} | seconds
-            refuse_non_finite(metrics, iteration)
-            metrics["optim/lr"] = float(setup.schedule((iteration + 1) * settings.ppo.updates_per_iteration - 1))
-            metrics["time/iteration_s"] = time.perf_counter() - began
-            new_tokens = metrics["objective/length"] * settings.ppo.batch_size
-            metrics["time/tokens_per_s"] = new_tokens / metrics["time/iteration_s"]
-            writers.write(iteration, metrics)
-            reporter.update(iteration, metrics)
-            done = iteration + 1 == settings.num_iterations
-            if done or iteration % settings.samples_every == 0:
-                shown = [setup.prompts.texts[i] for i in rows[: settings.num_samples]]
-                answers, points = texts_of(setup, rollout)[: settings.num_samples], np.asarray(scores).tolist()
-                reporter.samples_table(
-                    shown, answers, points[: settings.num_samples], title=f"iteration {iteration + 1}"
-                )
-                for prompt, response, score in zip(shown, answers, points, strict=False):
-                    samples.write({"iteration": iteration, "prompt": prompt, "response": response, "score": score})
-            if done or (iteration + 1) % settings.checkpoint_every == 0:
+    writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=done)
+    with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
+        announce(setup, reporter, done)
+        while not is_over(settings, done, kl):
+            rows = batch_indices(len(setup.prompts.texts), settings.ppo.batch_size, done, settings.seed)
+            state, metrics, rollout, scores = iterate(setup, state, rows)
+            refuse_non_finite(metrics, done)
+            writers.write(done, metrics)
+            reporter.update(done, metrics)
+            done, kl = done + 1, metrics["objective/kl"]
+            if is_over(settings, done, kl) or (done - 1) % settings.samples_every == 0:
+                show_samples(setup, done - 1, rows, rollout, scores, samples, reporter)
+            if is_over(settings, done, kl) or done % settings.checkpoint_every == 0:
                 checkpoints.save(state)
-            if settings.kl_limit and metrics["objective/kl"] > settings.kl_limit:
-                reporter.print(f"stopped: the KL is above config.kl_limit ({settings.kl_limit} nats)")
-                checkpoints.save(state)
-                break
+        if done < total:
+            reporter.print(f"stopped: a KL of {kl:.2f} nats is above config.kl_limit ({settings.kl_limit:g})")
     checkpoints.close()
     return finish(setup, state, workdir)
+
+
+def is_over(settings: PPOExperiment, done: int, kl: float) -> bool:
+    """Whether a run ends after `done` iterations, of which the last one had this KL (nats a sequence)."""
+    return done == settings.num_iterations or (settings.kl_limit > 0 and kl > settings.kl_limit)
+
+
+def last_kl(workdir: Path, done: int) -> float:
+    """The KL of iteration `done - 1`, 0 before the first."""
+    rows = read_jsonl(workdir / "metrics.jsonl") if done else []
+    return next((row["objective/kl"] for row in rows if row["iteration"] == done - 1), 0.0)
+
+
+def show_samples(
+    setup: Setup, iteration: int, rows: np.ndarray, rollout: Rollout, scores: Any, file: JsonlWriter, reporter: Reporter
+) -> None:
+    """The first few prompts and responses of an iteration, to the terminal and to samples.jsonl."""
+    num = setup.settings.num_samples
+    prompts, responses = [setup.prompts.texts[i] for i in rows[:num]], texts_of(setup, rollout)[:num]
+    points = np.asarray(scores).tolist()[:num]
+    reporter.samples_table(prompts, responses, points, title=f"iteration {iteration + 1}", max_rows=num)
+    for prompt, response, score in zip(prompts, responses, points, strict=True):
+        file.write({"iteration": iteration, "prompt": prompt, "response": response, "score": score})
 
 
 def announce(setup: Setup, reporter: Reporter, start: int) -> None:
@@ -281,7 +290,12 @@ def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, Any]:
     atomic_write(
         workdir / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     )
-    results = {"before": before, "after": after, "samples": rows[: 2 * setup.settings.num_samples]}
+    results = {
+        "iterations": int(state.step),
+        "before": before,
+        "after": after,
+        "samples": rows[: 2 * setup.settings.num_samples],
+    }
     write_json(workdir / "results.json", results)
     return results
 

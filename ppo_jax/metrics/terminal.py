@@ -57,7 +57,7 @@ class Reporter:
         self.console = _make_console() if console is None else console
         self.live = _is_live(self.console) if live is None else live
         self._clock = clock
-        self._ends: deque[float] = deque(maxlen=_RECENT_ITERATIONS + 1)
+        self._ends: deque[tuple[int, float]] = deque(maxlen=_RECENT_ITERATIONS + 1)
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
@@ -83,7 +83,7 @@ class Reporter:
             metrics: of which the chosen columns are shown.
         """
         done = iteration + 1
-        self._ends.append(self._clock())
+        self._ends.append((done, self._clock()))
         numbers = [f"{label} {_number(metrics.get(key), spec)}" for label, key, spec in self.columns]
         numbers.append(f"left {_duration(self._seconds_left(done))}")
         line = _visible("  ".join(numbers), self.console.encoding)
@@ -147,10 +147,11 @@ class Reporter:
         self.console.print(table)
 
     def _seconds_left(self, done: int) -> float | None:
-        """From the pace of the last iterations; None after the first one, which compiles and tells nothing."""
+        """From the pace of the last updates; None after the first one, which compiles and tells nothing."""
         if len(self._ends) < 2:
             return 0.0 if done >= self.total_iterations else None
-        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        pace = (ended - began) / max(1, last - first)  # an update may come every tenth iteration
         return pace * max(0, self.total_iterations - done)
 
 
