@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
@@ -56,6 +56,7 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
 
 
 def _parse(argv: list[str]) -> ml_collections.ConfigDict:
+    app.define_help_flags()
     _check_config_path(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -63,8 +64,8 @@ def _parse(argv: list[str]) -> ml_collections.ConfigDict:
         raise InputError(
             "--config: no such field: " + " ".join(str(error).replace("\\n", " ").strip("'\"").split())
         ) from error
-    except (flags.Error, KeyError, TypeError, OSError) as error:
-        raise InputError(str(error)) from error
+    except Exception as error:  # a wrong flag, or whatever the configuration file raises
+        raise InputError(f"{type(error).__name__}: {error}") from error
     if len(rest) > 1:
         raise InputError(f"arguments: got {rest[1]!r}, expected flags only, such as --config.seed=1")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):

@@ -80,3 +80,4 @@ def print_costs(programs: dict[str, dict[str, float]]) -> None:
     for program, cost in programs.items():
         table.add_row(program, *(f"{cost[name]:,.1f}" for name in names))
     Console().print(table)
+    Console().print("gflops counts the body of every loop once", style="dim")

@@ -13,7 +13,6 @@ template negates a slot ("not {any+}"): a word's polarity is its sentence's.
 
 import functools
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -21,6 +20,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ppo_jax.errors import InputError
+from ppo_jax.metrics import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -347,7 +349,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     the words by falling frequency.
 
     Raises:
-        ValueError: the texts need more than `vocab_size` tokens.
+        InputError: the texts need more than `vocab_size` tokens.
     """
     # Imported here so that the score and the recogniser do not pay for it.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -357,7 +359,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
     words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(counts, key=lambda word: (-counts[word], word))]
     if len(words) > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size}: the texts need {len(words)} (words and four special tokens)")
+        raise InputError(f"vocab_size={vocab_size}: the texts need {len(words)} (words and four special tokens)")
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -371,14 +373,12 @@ def _distinct(draw: Callable[[], str], num: int) -> list[str]:
         if len(found) < num:
             found.setdefault(draw())
     if len(found) < num:
-        raise ValueError(f"asked for {num} distinct texts, but the grammar gave only {len(found)}")
+        raise InputError(f"asked for {num} distinct texts, but the grammar gave only {len(found)}")
     return list(found)
 
 
 def _write_jsonl(path: Path, column: str, texts: list[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps({column: text}) + "\n" for text in texts), encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, "".join(json.dumps({column: text}) + "\n" for text in texts).encode())
 
 
 def write_corpus(folder: str | Path, num_train: int, num_heldout: int, num_prompts: int, seed: int) -> None:
@@ -387,7 +387,7 @@ def write_corpus(folder: str | Path, num_train: int, num_heldout: int, num_promp
     Each file appears whole or not at all. No review stands twice in the first two, and no prompt twice in the third.
 
     Raises:
-        ValueError: more distinct texts are asked for than the grammar has (tens of thousands of openings).
+        InputError: more distinct texts are asked for than the grammar has (tens of thousands of openings).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import ml_collections
 from ppo_jax.config import PPOConfig, option
 from ppo_jax.data import LONG_PROMPTS
 from ppo_jax.errors import InputError, check
+from ppo_jax.metrics import KNOWN_TRACKERS
 from ppo_jax.models import ModelConfig
 from ppo_jax.optim import LR_SCHEDULES
 
@@ -50,9 +51,11 @@ class PPOExperiment:
     samples_every: int = option(10, "iterations between tables of samples")
     num_samples: int = option(4, "prompts and responses in such a table")
     kl_limit: float = option(
-        0.0, "nats a sequence; training stops when the KL to the reference is above it; 0: no limit"
+        0.0, "nats a sequence; above it training stops and goes back to the newest checkpoint below it; 0: no limit"
     )
-    eval_prompts: int = option(256, "prompts answered before and after training, for the page of results")
+    eval_prompts: int = option(
+        256, "the first so many prompts (whole batches of them) are answered before and after training, to compare"
+    )
     dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
     pad_token: str = option("", "overrides the tokenizer's")
     eos_token: str = option("", "overrides the tokenizer's")
@@ -63,12 +66,11 @@ class PPOExperiment:
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("long_prompts", self.long_prompts, self.long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
-        check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for (
-            name
-        ) in "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts".split():
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("kl_limit", self.kl_limit, self.kl_limit >= 0, "0 or more")
+        _check_common(self)
+        _check_at_least(
+            self, 1, "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts"
+        )
+        _check_at_least(self, 0, "kl_limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class SFTExperiment:
     )
     data_split: str = option("train", "split of a Hugging Face dataset")
     heldout: str = option("", "the same, for perplexity; empty: the last heldout_frac of the data")
+    heldout_split: str = option("test", "split of a Hugging Face dataset in heldout")
     heldout_frac: float = option(0.05, "share of the data held out when there is no heldout")
     length: int = option(256, "slots for a text, in tokens; what is longer is cut")
     seed: int = option(0, "of initialisation and the data's order")
@@ -89,7 +92,7 @@ class SFTExperiment:
     batch_size: int = option(32, "texts a step")
     lr: float = option(3e-4, "peak learning rate of Adam")
     lr_schedule: str = option("cosine", "after the warm-up: " + ", ".join(LR_SCHEDULES))
-    warmup_steps: int = option(50, "steps over which the learning rate rises linearly from 0")
+    warmup_steps: int = option(50, "steps over which the learning rate rises linearly; the first of w has 1/w")
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this global norm")
     log_every: int = option(10, "steps between rows of metrics")
@@ -107,13 +110,16 @@ class SFTExperiment:
         """Refuses what cannot be."""
         check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
         check("heldout_frac", self.heldout_frac, 0 < self.heldout_frac < 1, "a number in (0, 1)")
-        check("length", self.length, self.length >= 2, "at least 2")
-        check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for name in "num_steps batch_size log_every eval_every checkpoint_every checkpoints_to_keep".split():
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check_common(self)
+        new = Architecture()
+        check(
+            "architecture", self.architecture, not self.model or self.architecture == new, "the defaults, next to model"
+        )
+        _check_at_least(self, 2, "length")
+        _check_at_least(self, 1, "num_steps batch_size log_every eval_every checkpoint_every checkpoints_to_keep")
+        _check_at_least(self, 0, "warmup_steps weight_decay")
         for name in "lr max_grad_norm".split():
             check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
-        check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +148,11 @@ class CorpusSettings:
     vocab_size: int = option(1024, "most words of the tokenizer")
     seed: int = option(0, "of the grammar")
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        _check_at_least(self, 0, "seed")
+        _check_at_least(self, 1, "num_train num_heldout num_prompts vocab_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class RLHFExperiment:
@@ -154,16 +165,32 @@ class RLHFExperiment:
     ppo: PPOExperiment = dataclasses.field(default_factory=PPOExperiment)
 
 
+def tracker_names(trackers: str) -> list[str]:
+    """The trackers of a run: TensorBoard, and those named, separated by commas."""
+    return ["tensorboard", *filter(None, (name.strip() for name in trackers.split(",")))]
+
+
+def _check_common(settings: PPOExperiment | SFTExperiment) -> None:
+    check("dtype", settings.dtype, settings.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+    _check_at_least(settings, 0, "seed")
+    for name in tracker_names(settings.trackers):
+        check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))
+
+
+def _check_at_least(settings: Any, least: int, names: str) -> None:
+    for name in names.split():
+        check(name, getattr(settings, name), getattr(settings, name) >= least, f"at least {least}")
+
+
 def defaults(kind: type) -> ml_collections.ConfigDict:
     """A ConfigDict of the defaults of a settings dataclass, nested ones included; what has to be named is still
     empty.
     """
-    return ml_collections.ConfigDict(
-        {
-            field.name: defaults(_kind(field)) if field.default is dataclasses.MISSING else field.default
-            for field in dataclasses.fields(kind)
-        }
-    )
+    values = {
+        field.name: defaults(_kind(field)) if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+    }
+    return ml_collections.ConfigDict(values).lock()  # locked: a mistyped field is an error with a suggestion
 
 
 def from_config_dict(kind: Callable[..., Settings], config: ml_collections.ConfigDict) -> Settings:

@@ -21,22 +21,22 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments import cli
 from experiments.results import curves, print_costs, results_page
-from experiments.settings import PPOExperiment
+from experiments.settings import PPOExperiment, tracker_names
 from ppo_jax import hub
-from ppo_jax.checkpoint import Checkpointer
+from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.data import PromptSet, batch_indices, load_prompts
 from ppo_jax.errors import InputError, check
-from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, read_jsonl, truncate_jsonl
+from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
 from ppo_jax.models import ActorCritic
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
-from ppo_jax.ppo import TrainStep, init_state, make_train_step
-from ppo_jax.rewards import call_reward, load_reward
+from ppo_jax.ppo import TrainStep, init_state, make_train_step, policy_sampling
+from ppo_jax.rewards import call_reward, check_scores, load_reward
 from ppo_jax.runs import open_run, write_json
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
-from ppo_jax.tokenizers import decode_responses, load_tokenizer, special_tokens
+from ppo_jax.tokenizers import check_vocabulary, decode_responses, load_tokenizer, special_tokens
 from ppo_jax.types import Params, Prompts, Rollout, TrainState
 
 MAY_CHANGE = ("checkpoint_every", "checkpoints_to_keep", "samples_every", "num_samples", "eval_prompts", "trackers")
@@ -78,7 +78,10 @@ def prepare(settings: PPOExperiment) -> Setup:
     prompts = load_prompts(
         settings.prompts, tokenizer, special.pad_id, config.prompt_length, settings.long_prompts, settings.prompts_split
     )
+    check_vocabulary(special, prompts.tokens, model_config.vocab_size)
     judge, in_program = load_reward(settings.reward, tokenizer)
+    if in_program:
+        check_score(judge, settings)
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     minibatch = config.batch_size // config.num_minibatches
@@ -90,13 +93,7 @@ def prepare(settings: PPOExperiment) -> Setup:
     )
 
     model = ActorCritic(model_config)
-    sampling = SamplingConfig(
-        max_new_tokens=config.response_length,
-        eos_ids=special.eos_ids,
-        pad_id=special.pad_id,
-        temperature=config.temperature,
-        min_new_tokens=config.min_new_tokens,
-    )
+    sampling = policy_sampling(config, special.eos_ids, special.pad_id)
     per_iteration = config.updates_per_iteration
     schedule = make_schedule(
         config.lr,
@@ -117,6 +114,28 @@ def prepare(settings: PPOExperiment) -> Setup:
     step = make_train_step(model, tx, config, sampling, shardings, judge if in_program else None)
     reward = None if in_program else judge
     return Setup(settings, tokenizer, prompts, model, sampling, shardings, state, ref_params, step, schedule, reward)
+
+
+def check_score(score: Any, settings: PPOExperiment) -> None:
+    """Tries a JAX score on shapes.
+
+    Raises:
+        InputError: it fails, or does not return one number a sequence.
+    """
+    config = settings.ppo
+    size, length = config.batch_size, config.prompt_length + config.response_length
+    per_token = jax.ShapeDtypeStruct((size, config.response_length), jnp.float32)
+    rollout = Rollout(
+        tokens=jax.ShapeDtypeStruct((size, length), jnp.int32),
+        mask=jax.ShapeDtypeStruct((size, length), jnp.bool_),
+        logprobs=per_token,
+        values=per_token,
+    )
+    try:
+        shape = jax.eval_shape(score, rollout).shape
+    except Exception as error:  # the score is the user's, and may raise anything
+        raise InputError(f"config.reward: {settings.reward}: {type(error).__name__}: {error}") from error
+    check(f"config.reward: {settings.reward}: shape", shape, shape == (size,), f"({size},), one score a sequence")
 
 
 def batch_of(setup: Setup, rows: np.ndarray) -> Prompts:
@@ -146,6 +165,7 @@ def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainSta
     batch, clock = batch_of(setup, rows), _Stopwatch()
     if setup.step.iterate:
         state, metrics, rollout, scores = setup.step.iterate(state, setup.ref_params, batch)
+        check_scores(setup.settings.reward, jax.device_get(scores), [setup.prompts.texts[i] for i in rows])
     else:
         rollout = jax.block_until_ready(setup.step.act(state, batch))
         clock.lap("time/generate_s")
@@ -189,47 +209,47 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
     open_run(workdir, dataclasses.asdict(settings), may_change)
     checkpoints = Checkpointer(workdir / "checkpoints", settings.checkpoints_to_keep)
-    state, done = setup.state, checkpoints.latest_step() or 0
-    total = settings.num_iterations
+    state, done, total = setup.state, checkpoints.latest_step() or 0, settings.num_iterations
     check("config.num_iterations", total, total >= done, f"at least the {done} that {workdir} has")
     if done:
         state = checkpoints.restore(state)
-    kl, results = last_kl(workdir, done), workdir / "results.json"
-    if is_over(settings, done, kl) and results.exists():
-        saved = json.loads(results.read_text())
-        if saved["iterations"] == done:
-            return saved
+        free(setup.state)
+    elif settings.kl_limit:
+        checkpoints.save(state)  # to go back to
+    if (saved := finished(workdir, done, total)) is not None:
+        return saved
+    write_json(workdir / "config.json", dataclasses.asdict(settings))
     truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
-    trackers = ["tensorboard", *filter(None, (name.strip() for name in settings.trackers.split(",")))]
+    trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=done)
+    stopped = False
     with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
         announce(setup, reporter, done)
-        while not is_over(settings, done, kl):
+        while done < total and not stopped:
             rows = batch_indices(len(setup.prompts.texts), settings.ppo.batch_size, done, settings.seed)
             state, metrics, rollout, scores = iterate(setup, state, rows)
             refuse_non_finite(metrics, done)
             writers.write(done, metrics)
             reporter.update(done, metrics)
-            done, kl = done + 1, metrics["objective/kl"]
-            if is_over(settings, done, kl) or (done - 1) % settings.samples_every == 0:
-                show_samples(setup, done - 1, rows, rollout, scores, samples, reporter)
-            if is_over(settings, done, kl) or done % settings.checkpoint_every == 0:
+            stopped = 0 < settings.kl_limit < metrics["objective/kl"]
+            if stopped or done + 1 == total or done % settings.samples_every == 0:
+                show_samples(setup, done, rows, rollout, scores, samples, reporter)
+            done += 1
+            if not stopped and (done == total or done % settings.checkpoint_every == 0):
                 checkpoints.save(state)
-        if done < total:
-            reporter.print(f"stopped: a KL of {kl:.2f} nats is above config.kl_limit ({settings.kl_limit:g})")
+        if stopped:  # the policy that acted was above the limit already
+            state = checkpoints.restore(state)
+            reporter.print(f"stopped: the KL is above {settings.kl_limit:g} nats; back to iteration {int(state.step)}")
     checkpoints.close()
-    return finish(setup, state, workdir)
+    return finish(setup, state, workdir, stopped)
 
 
-def is_over(settings: PPOExperiment, done: int, kl: float) -> bool:
-    """Whether a run ends after `done` iterations, of which the last one had this KL (nats a sequence)."""
-    return done == settings.num_iterations or (settings.kl_limit > 0 and kl > settings.kl_limit)
-
-
-def last_kl(workdir: Path, done: int) -> float:
-    """The KL of iteration `done - 1`, 0 before the first."""
-    rows = read_jsonl(workdir / "metrics.jsonl") if done else []
-    return next((row["objective/kl"] for row in rows if row["iteration"] == done - 1), 0.0)
+def finished(workdir: Path, done: int, total: int) -> dict[str, Any] | None:
+    """The results of a run that has ended: after all its iterations, or by its KL limit; None if it goes on."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"iterations": -1, "stopped": False}
+    ended = results["iterations"] == done and (results["stopped"] or done == total)
+    return results if ended else None
 
 
 def show_samples(
@@ -275,7 +295,7 @@ def refuse_non_finite(metrics: dict[str, float], iteration: int) -> None:
         )
 
 
-def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, Any]:
+def finish(setup: Setup, state: TrainState, workdir: Path, stopped: bool) -> dict[str, Any]:
     """Exports the policy, draws the curves, and compares the policy with the model that it started from."""
     params = jax.device_get(state.params["decoder"])
     ids = setup.sampling

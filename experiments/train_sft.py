@@ -1,6 +1,6 @@
 """Supervised training of a causal language model: from nothing (pretraining), or from a pretrained model.
 
-    python experiments/train_sft.py --config=experiments/configs/sft_stories.py --workdir=runs/sft
+    python experiments/train_sft.py --config=experiments/configs/sft_reviews.py --workdir=runs/sft_reviews
 
 The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end model/ (a Hugging Face
 folder), curves.png and results.json. The same command again goes on where the run stopped.
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments import cli
 from experiments.results import SFT_COLUMNS, SFT_PANELS, print_costs
-from experiments.settings import SFTExperiment
+from experiments.settings import SFTExperiment, tracker_names
 from ppo_jax import hub
-from ppo_jax.checkpoint import Checkpointer
+from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.data import ExampleSet, batch_indices, load_examples
 from ppo_jax.errors import InputError, check
 from ppo_jax.metrics import Reporter, make_writers
@@ -33,7 +33,7 @@ from ppo_jax.plots import plot_curves
 from ppo_jax.runs import open_run, write_json
 from ppo_jax.sft import SFTStep, init_sft_state, make_sft_step
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
-from ppo_jax.tokenizers import SpecialTokens, load_tokenizer, special_tokens
+from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, special_tokens
 from ppo_jax.types import Examples, Params, TrainState
 
 MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers")
@@ -73,9 +73,11 @@ def prepare(settings: SFTExperiment) -> Setup:
           f"at most the model's {model_config.max_positions} positions")  # fmt: skip
     examples = load_examples(settings.data, tokenizer, special, settings.length, settings.data_split)
     if settings.heldout:
-        heldout = load_examples(settings.heldout, tokenizer, special, settings.length, settings.data_split)
+        heldout = load_examples(settings.heldout, tokenizer, special, settings.length, settings.heldout_split)
     else:
         examples, heldout = split_off(examples, settings.heldout_frac)
+    check_vocabulary(special, examples.tokens, model_config.vocab_size)
+    check_vocabulary(special, heldout.tokens, model_config.vocab_size)
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     check(
@@ -153,11 +155,17 @@ def train(setup: Setup, workdir: Path) -> dict[str, float]:
     open_run(workdir, dataclasses.asdict(settings), may_change)
     checkpoints = Checkpointer(workdir / "checkpoints", settings.checkpoints_to_keep)
     state, start = setup.state, checkpoints.latest_step() or 0
+    check(
+        "config.num_steps", settings.num_steps, settings.num_steps >= start, f"at least the {start} that {workdir} has"
+    )
     if start:
         state = checkpoints.restore(state)
-    if start >= settings.num_steps and (workdir / "results.json").exists():
-        return json.loads((workdir / "results.json").read_text())
-    trackers = ["tensorboard", *filter(None, (name.strip() for name in settings.trackers.split(",")))]
+        free(setup.state)
+    results = workdir / "results.json"
+    if start == settings.num_steps and results.exists() and json.loads(results.read_text())["steps"] == start:
+        return json.loads(results.read_text())
+    write_json(workdir / "config.json", dataclasses.asdict(settings))
+    trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
     with writers, Reporter(settings.num_steps, start, SFT_COLUMNS, label="step") as reporter:
         announce(setup, reporter, start)
@@ -169,7 +177,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, float]:
             done = number + 1
             last = done == settings.num_steps
             row = {}
-            if last or done % settings.log_every == 0:
+            saves = last or done % settings.checkpoint_every == 0
+            if saves or done % settings.log_every == 0:
                 row = {name: float(x) for name, x in metrics.items()}  # waits
                 seconds = time.perf_counter() - began
                 row |= {"optim/lr": float(setup.schedule(number)), "time/tokens_per_s": tokens / seconds}
@@ -184,7 +193,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, float]:
             if row:
                 writers.write(number, row)
                 reporter.update(number, row)
-            if last or done % settings.checkpoint_every == 0:
+            if saves:
                 checkpoints.save(state)
     checkpoints.close()
     return finish(setup, state, workdir)
@@ -208,7 +217,7 @@ def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, float]:
     )
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", SFT_PANELS, title=workdir.name)
     loss = heldout_loss(setup, state.params)
-    results = {"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
+    results = {"steps": int(state.step), "heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
     write_json(workdir / "results.json", results)
     return results
 

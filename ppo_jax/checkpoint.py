@@ -43,7 +43,7 @@ class Checkpointer:
         """The newest saved state, placed as `like` is.
 
         Args:
-            like: a state of the same shapes, dtypes and shardings; arrays or `jax.ShapeDtypeStruct`s.
+            like: a state of the same shapes, dtypes and shardings, a fresh one say.
 
         Raises:
             CheckpointError: nothing is saved, or an array is missing, left over, or of another shape or dtype.
@@ -61,6 +61,12 @@ class Checkpointer:
         self._manager.close()
 
 
+def free(state: TrainState) -> None:
+    """Gives the memory of a state back that a restored one replaces."""
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        leaf.delete()
+
+
 def _to_tree(state: TrainState) -> dict[str, Any]:
     fields = {name: getattr(state, name) for name in ("step", "params", "opt_state", "kl_coef")}
     return fields | {"key_data": jax.random.key_data(state.key)}
@@ -73,10 +79,8 @@ def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    def name(path: Any) -> str:
-        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _check_same(saved: Any, expected: Any, where: str) -> None:

@@ -30,7 +30,9 @@ class PPOConfig:
     num_minibatches: int = option(4, "gradient steps a pass; batch_size must be a multiple")
     lr: float = option(1e-5, "peak learning rate of Adam")
     lr_schedule: str = option("constant", "after the warm-up: " + ", ".join(LR_SCHEDULES))
-    warmup_iterations: int = option(0, "iterations over which the learning rate rises linearly from 0")
+    warmup_iterations: int = option(
+        0, "iterations over which the learning rate rises linearly; a first gradient step of w has 1/w"
+    )
     adam_b1: float = option(0.9, "decay of Adam's first moment")
     adam_b2: float = option(0.95, "decay of Adam's second moment")
     adam_eps: float = option(1e-8, "added to the root of Adam's second moment")

@@ -147,6 +147,8 @@ def _take_prompt(row: dict[str, Any], where: str) -> tuple[str | list, dict[str,
                 raise DataError(
                     f"{where}: column {name!r}: got {type(prompt).__name__}, expected text or a list of chat messages"
                 )
+            if name == "messages" and is_chat and prompt[-1].get("role") == "assistant":
+                prompt = prompt[:-1]  # a whole conversation; its last answer is what the policy is to find
             return prompt, {key: value for key, value in row.items() if key != name}
     raise DataError(f"{where}: got columns {', '.join(row) or 'none'}, expected one of {', '.join(PROMPT_COLUMNS)}")
 
@@ -192,6 +194,10 @@ def load_examples(
         prompt_sizes.append(len(encode_prompt(tokenizer, prompt)) if prompt else 0)
     tokens, mask = pad([row[:length] for row in ids], length, special.pad_id, side="right")
     target_mask = mask & (np.arange(length)[None, :] >= np.array(prompt_sizes)[:, None])
+    if not target_mask[:, 1:].any():
+        raise DataError(
+            f"{source}: no completion begins within {length} tokens, so there is nothing to learn; raise the length"
+        )
     return ExampleSet(tokens, mask, target_mask, num_cut=sum(len(row) > length for row in ids))
 
 

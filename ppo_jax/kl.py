@@ -64,6 +64,7 @@ def kl_shaped_rewards(
     """
     chex.assert_rank(scores, 1)
     chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_equal_shape_prefix([scores, mask], 1)
     penalty = jnp.where(mask, kl_coef * kl_estimate(logprobs, ref_logprobs, estimator), 0.0)
     return jnp.where(is_last(mask), scores[:, None], 0.0) - penalty
 

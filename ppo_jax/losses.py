@@ -67,8 +67,8 @@ def clipped_value_loss(
     """
     chex.assert_equal_shape([values, old_values, returns, mask])
     clipped_values = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
-    unclipped = jnp.square(values - returns)
-    clipped = jnp.square(clipped_values - returns)
+    unclipped = jnp.square(jnp.where(mask, values - returns, 0.0))
+    clipped = jnp.square(jnp.where(mask, clipped_values - returns, 0.0))
     loss = 0.5 * masked_mean(jnp.maximum(unclipped, clipped), mask)
     return loss, {"clip_frac": masked_mean((clipped > unclipped).astype(jnp.float32), mask)}
 

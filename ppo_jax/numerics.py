@@ -25,8 +25,8 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.A
 
 def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Population variance (divided by the count, not by count - 1) of `x` where `mask` is True; `[]`."""
-    mean = masked_mean(x, mask)
-    return masked_mean(jnp.square(x - mean), mask)
+    centred = jnp.where(mask, x - masked_mean(x, mask), 0.0)
+    return masked_mean(jnp.square(centred), mask)
 
 
 def masked_std(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -51,8 +51,8 @@ def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: f
     Source: openai/lm-human-preferences, utils/core.py `whiten`; masked here.
     """
     mean = masked_mean(x, mask)
-    centred = (x - mean) * jax.lax.rsqrt(masked_var(x, mask) + eps)
-    whitened = centred if shift_mean else centred + mean
+    whitened = jnp.where(mask, x - mean, 0.0) * jax.lax.rsqrt(masked_var(x, mask) + eps)
+    whitened = whitened if shift_mean else whitened + mean
     return jnp.where(mask, whitened, 0.0)
 
 
@@ -75,7 +75,10 @@ def logprobs_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Arra
     Returns:
         (logprobs, entropy), each `[...]` float32, in nats.
     """
+    chex.assert_shape(logits, (*tokens.shape, None))
     logits = logits.astype(jnp.float32)
+    # A shift common to all logits changes nothing, but would cost the digits of the difference below.
+    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     probs = jnp.exp(logits - normalizer[..., None])

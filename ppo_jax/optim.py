@@ -10,7 +10,8 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_schedule(lr: float, kind: str, warmup_steps: int, num_steps: int) -> optax.Schedule:
-    """Learning rate by gradient step: linear from 0 over the warm-up, then constant, or down to 0 at `num_steps`.
+    """Learning rate by gradient step: linear over the warm-up (1/w of the peak in the first of w steps), then constant,
+    or down to 0 at `num_steps`.
 
     Args:
         lr: the peak.

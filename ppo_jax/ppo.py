@@ -16,12 +16,12 @@ al. 2017 (arXiv:1707.06347) for the clipped loss; Huang et al. 2024, "The N Impl
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.stages import Wrapped  # what jax.jit returns
+from jax.stages import Wrapped
 
 from ppo_jax.advantages import gae
 from ppo_jax.config import PPOConfig
@@ -34,8 +34,26 @@ from ppo_jax.sampling import SamplingConfig, generate, policy_logits
 from ppo_jax.sharding import Shardings
 from ppo_jax.types import Experience, Metrics, Params, Prompts, Rollout, TrainState
 
+Tree = TypeVar("Tree")
+
 Score = Callable[[Rollout], jax.Array]
 """A judge in pure JAX: a rollout to scores `[B]`."""
+
+
+def policy_sampling(config: PPOConfig, eos_ids: tuple[int, ...], pad_id: int) -> SamplingConfig:
+    """The distribution that PPO acts with, and therefore trains: no filters, never greedy."""
+    return SamplingConfig(
+        max_new_tokens=config.response_length,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        temperature=config.temperature,
+        min_new_tokens=config.min_new_tokens,
+    )
+
+
+def minibatches(batch: Tree, num: int) -> Tree:
+    """`[B, ...]` to `[num, B / num, ...]` in every leaf; part i has rows i, i + num, ..., so some of every device's."""
+    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def response_hidden(model: ActorCritic | Decoder, params: Params, rollout: Rollout) -> jax.Array:
@@ -84,7 +102,8 @@ def make_experience(
         sampling: the policy's distribution.
 
     Returns:
-        (experience, `objective/*` metrics).
+        (experience, metrics). `objective/kl` is the k1 estimate summed over a response, whichever estimator the reward
+        uses.
     """
     mask = rollout.response_mask
     reference = Decoder(model.config)
@@ -94,7 +113,8 @@ def make_experience(
         return response_logprobs(reference, ref_params, hidden, part, sampling)[0]
 
     # A minibatch at a time, as in training, so that acting never needs more memory than learning.
-    ref_logprobs = jax.lax.map(reference_logprobs, split(rollout, config.num_minibatches)).reshape(mask.shape)
+    ref_logprobs = jax.lax.map(reference_logprobs, minibatches(rollout, config.num_minibatches))
+    ref_logprobs = ref_logprobs.swapaxes(0, 1).reshape(mask.shape)  # the rows back in their places
     rewards = kl_shaped_rewards(scores, rollout.logprobs, ref_logprobs, mask, kl_coef, config.kl_estimator)
     discounts = jnp.where(mask & ~is_last(mask), config.gamma, 0.0)  # a response that was cut has ended as well
     values = jnp.pad(rollout.values, ((0, 0), (0, 1)))  # nothing follows, so the bootstrap value is never read
@@ -103,7 +123,7 @@ def make_experience(
         advantages = masked_whiten(advantages, mask)
     lengths = jnp.sum(mask, axis=1)
     kl = jnp.sum(jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs), 0.0), axis=1)
-    ended = jnp.any(mask & jnp.isin(rollout.response_tokens, jnp.array(sampling.eos_ids)), axis=1)
+    ended = jnp.any(mask & jnp.isin(rollout.response_tokens, jnp.array(sampling.eos_ids, jnp.int32)), axis=1)
     metrics = {
         "objective/score": jnp.mean(scores),
         "objective/score_std": jnp.std(scores),
@@ -191,16 +211,16 @@ def update(
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     def epoch(carry: tuple[Params, optax.OptState], key: jax.Array) -> tuple[tuple, Metrics]:
-        order = jax.random.permutation(key, config.batch_size)
+        order = jax.random.permutation(key, len(experience.tokens))
         shuffled = jax.tree.map(lambda x: x[order], experience)
-        return jax.lax.scan(gradient_step, carry, split(shuffled, config.num_minibatches))
+        return jax.lax.scan(gradient_step, carry, minibatches(shuffled, config.num_minibatches))
 
     keys = jax.random.split(key, config.num_epochs)
     (params, opt_state), history = jax.lax.scan(epoch, (params, opt_state), keys)
     metrics = {name: jnp.mean(x) for name, x in history.items()}  # each x is [num_epochs, num_minibatches]
     metrics["policy/ratio_max"] = jnp.max(history["policy/ratio_max"])
-    # Before the first gradient step the policy that learns is the policy that acted: anything but ratio one is a
-    # defect.
+    # Before the first gradient step the policy that learns is the policy that acted: a ratio that differs from one by
+    # more than rounding is a defect.
     del metrics["policy/ratio_dev"]
     metrics["policy/first_ratio_dev"] = history["policy/ratio_dev"][0, 0]
     metrics["policy/first_approx_kl"] = history["policy/approx_kl"][0, 0]
@@ -211,10 +231,10 @@ class TrainStep(NamedTuple):
     """The compiled programs of an iteration.
 
     With a score in pure JAX the whole iteration is one program, `iterate(state, ref_params, prompts) -> (state,
-    metrics, experience, scores)`. With a score on the host `iterate` and `score` are None and the caller runs
+    metrics, experience, scores)`. With a score on the host `iterate` and `score` are None, and the caller runs
     `act(state, prompts) -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`.
     The state that goes into `iterate` and `learn` is donated: use the one that comes out. `measure(state, ref_params,
-    rollout, scores) -> metrics` looks at a rollout without learning from it.
+    rollout, scores) -> metrics` and `score(rollout) -> scores` look at a rollout without learning from it.
     """
 
     act: Wrapped
@@ -238,17 +258,17 @@ def make_train_step(
         model: the actor-critic.
         tx: the optimizer, as `TrainState.opt_state` was made.
         config: the settings of PPO.
-        sampling: the policy's distribution; filters (top-k, top-p) and greedy choice are refused.
+        sampling: as `policy_sampling` makes it; filters (top-k, top-p) and greedy choice are refused.
         shardings: where state, reference and batches live.
         score: a judge in pure JAX; None: the scores come from the host.
 
     Raises:
         InputError: a sampling rule that the log-probabilities of training do not know.
     """
-    if sampling.top_k or sampling.top_p < 1 or sampling.temperature == 0:
+    if sampling != policy_sampling(config, sampling.eos_ids, sampling.pad_id):
         raise InputError(
-            f"sampling: got top_k={sampling.top_k}, top_p={sampling.top_p}, temperature={sampling.temperature}, "
-            "expected top_k=0, top_p=1, temperature > 0: PPO trains on the distribution that it samples from"
+            f"sampling: got {sampling}, expected the distribution of the configuration without filters "
+            "(top_k=0, top_p=1): PPO trains on the distribution that it samples from"
         )
 
     def keys(state: TrainState) -> jax.Array:
@@ -313,14 +333,12 @@ def make_train_step(
 def init_state(
     decoder_params: Params, model: ActorCritic, tx: optax.GradientTransformation, config: PPOConfig, key: jax.Array
 ) -> TrainState:
-    """A fresh train state: a pretrained decoder under a new value head."""
+    """A fresh train state: a pretrained decoder under a new value head.
+
+    The state takes `decoder_params` over, and a train step donates them with it: the reference needs a copy of its own.
+    """
     head_key, key = jax.random.split(key)
     hidden = jnp.zeros((1, model.config.width))
     value_head = model.init(head_key, hidden, method="value")["params"]["value_head"]
     params = {"decoder": decoder_params, "value_head": value_head}
     return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(config.kl_coef))
-
-
-def split(batch: Rollout, parts: int) -> Rollout:
-    """`[B, ...]` to `[parts, B / parts, ...]` in every leaf."""
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)

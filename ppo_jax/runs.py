@@ -19,7 +19,7 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
 
     Args:
         workdir: the folder.
-        config: nested dictionary of settings, written to `config.json`.
+        config: nested dictionary of settings, written to `config.json` at the first start.
         may_change: top-level fields in which a restart may differ from the first start.
 
     Returns:
@@ -56,7 +56,6 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
             f"workdir {folder}: it holds another configuration ({'; '.join(differing)}); "
             "expected another workdir or these settings"
         )
-    write_json(path, config)
     return True
 
 

@@ -58,7 +58,7 @@ def policy_logits(logits: jax.Array, positions: jax.Array, sampling: SamplingCon
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
     if sampling.min_new_tokens:
-        is_eos = jnp.zeros(logits.shape[-1], bool).at[jnp.array(sampling.eos_ids)].set(True)
+        is_eos = jnp.zeros(logits.shape[-1], bool).at[jnp.array(sampling.eos_ids, jnp.int32)].set(True)
         too_early = positions < sampling.min_new_tokens
         logits = jnp.where((too_early[:, None] & is_eos[None, :])[None], -jnp.inf, logits)
     return logits
@@ -93,7 +93,8 @@ def draw(key: jax.Array, logits: jax.Array, block: int = 256) -> jax.Array:
     """One token a row from softmax(logits), by inverting the cumulative distribution in two levels.
 
     The first uniform number picks a block of the vocabulary, the second a token in it. Two numbers a row instead of V
-    (`jax.random.categorical` adds Gumbel noise to every logit), and as fine a grain: 2^-46 of the probability.
+    (`jax.random.categorical` adds Gumbel noise to every logit). Within its block, a token of any probability can be
+    drawn.
 
     Args:
         key: a typed key.
@@ -118,9 +119,10 @@ def _invert_cumulative(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """
     cumulative = jnp.cumsum(weights, axis=-1)
     total = cumulative[:, -1]
-    # Rounding may lift the target to the total, past the last token that has any weight.
-    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    return jnp.sum(cumulative <= target[:, None], axis=-1, dtype=jnp.int32)
+    reached = (cumulative > (uniform * total)[:, None]) & (weights > 0)
+    # Rounding may lift the target to the total, where nothing lies beyond; the heaviest then stands in.
+    heaviest = jnp.argmax(weights, axis=-1)
+    return jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), heaviest).astype(jnp.int32)
 
 
 class _Decoding(NamedTuple):

@@ -45,8 +45,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         InputError: more devices than there are, or sizes that do not divide them.
     """
     available = jax.device_count()
-    if data == -1:
-        data = max(1, available // (fsdp * tensor))
+    if data == -1 and min(fsdp, tensor) >= 1 and available % (fsdp * tensor) == 0:
+        data = available // (fsdp * tensor)
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or math.prod(sizes) > available:
         raise InputError(
@@ -70,7 +70,7 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not leaf.shape:
             return NamedSharding(mesh, P())
         for pattern, spec in RULES:

@@ -80,6 +80,19 @@ def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
     return token
 
 
+def check_vocabulary(special: SpecialTokens, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuses token ids that the model has no embedding for (a token added to the tokenizer alone, say).
+
+    Raises:
+        TokenizerError: one of the ids is not below `vocab_size`.
+    """
+    highest = int(max(tokens.max(), special.pad_id, *special.eos_ids))
+    if highest >= vocab_size:
+        raise TokenizerError(
+            f"tokenizer: got token id {highest}, expected ids below the model's vocabulary of {vocab_size}"
+        )
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     """Token ids of a prompt: text with the tokenizer's own special tokens, or chat messages through its template.
 

@@ -31,7 +31,7 @@ class _Replaceable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompts(_Replaceable):
-    """A batch of prompts, padded left so that every response starts at slot P."""
+    """A batch of prompts, each of at least one token, padded left so that every response starts at slot P."""
 
     tokens: jax.Array  # [B, P] int32
     mask: jax.Array  # [B, P] bool

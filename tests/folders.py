@@ -1,17 +1,26 @@
 """Tiny Hugging Face folders, prompts and rewards for the tests of the host side: everything that a run starts from."""
 
 import json
+import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl.testing import flagsaver
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from experiments import cli
 from ppo_jax import hub
 from ppo_jax.models import Decoder, ModelConfig
+
+ROOT = Path(__file__).parents[1]
 
 GOOD = ("good", "fine", "great", "kind")
 BAD = ("bad", "dull", "poor", "rude")
@@ -79,7 +88,7 @@ def word_tokenizer(words: Iterable[str] = WORDS, special: dict[str, str] | None 
 
 def llama_config(vocab_size: int, **changes: Any) -> ModelConfig:
     """A Llama of one layer and width 16."""
-    fields = dict(vocab_size=vocab_size, num_layers=1, num_heads=2, width=16, mlp_width=32, max_positions=32, init_std=0.2)
+    fields = dict(vocab_size=vocab_size, num_layers=1, num_heads=2, width=16, mlp_width=32, max_positions=32)
     return ModelConfig(**(fields | changes))
 
 
@@ -93,9 +102,13 @@ def gpt2_config(vocab_size: int, **changes: Any) -> ModelConfig:
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Any:
-    """Random parameters of a `Decoder`."""
+    """Random parameters of a `Decoder`, without compiling anything."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return jax.jit(Decoder(config).init)(jax.random.key(seed), tokens, jnp.ones((1, 2), bool))["params"]
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, jnp.ones((1, 2), bool))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (path[-1].key == "scale") + rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes
+    )
 
 
 def make_folder(
@@ -121,3 +134,107 @@ def prompt_rows(num: int = 20) -> list[dict[str, Any]]:
     """Distinct prompts of 2 to 5 words, with a column of their number."""
     subjects, verbs = ("the cat", "the dog", "a film", "the old cat", "the very old dog"), ("was", "is", "sat", "here")
     return [{"prompt": f"{subjects[i % 5]} {verbs[i // 5 % 4]}", "number": i} for i in range(num)]
+
+
+class Outcome(NamedTuple):
+    """How a script ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The one line of a refused input: exit status 1, nothing but this line on stderr, no traceback anywhere."""
+        assert self.status == 1, (self.status, self.err)
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        assert "Traceback" not in self.out + self.err
+        return lines[0]
+
+
+def call_script(script: Any, kind: type, arguments: Sequence[str], capsys: Any) -> Outcome:
+    """Runs a script of `experiments/` within this process, as its command line would.
+
+    Flags are global: they are put back as they were, and so is the precision of matrix products, which `launch` sets.
+    """
+    capsys.readouterr()
+    sys.modules.pop("config_config", None)  # where ml_collections keeps the file of the last start, and would add to it
+    saved, argv, precision = flagsaver.save_flag_values(), sys.argv, jax.config.jax_default_matmul_precision
+    sys.argv, status = [f"{script.__name__}.py", *map(str, arguments)], 0
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # ml_collections
+            cli.launch(kind, script.main, script.dry_run)
+    except SystemExit as ending:
+        status = ending.code or 0
+    finally:
+        sys.argv = argv
+        flagsaver.restore_flag_values(saved)
+        jax.config.update("jax_default_matmul_precision", precision)
+    return Outcome(status, *capsys.readouterr())
+
+
+def start_script(name: str, arguments: Sequence[str], **options: Any) -> subprocess.Popen:
+    """Starts a script of `experiments/` as a process of its own, as a user does."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NPROC": "2"} | options.pop("env", {})
+    command = [sys.executable, str(ROOT / "experiments" / name), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
+
+
+def run_script(name: str, arguments: Sequence[str], **options: Any) -> Outcome:
+    """Runs a script to its end."""
+    process = start_script(name, arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    out, err = process.communicate(timeout=300)
+    return Outcome(process.returncode, out, err)
+
+
+class World(NamedTuple):
+    """A folder with everything that a PPO run needs."""
+
+    root: Path
+    model: Path
+    prompts: Path
+    rewards: Path
+
+    def flags(self, *changes: str, reward: str = "count_good") -> list[str]:
+        """Flags of `train_ppo.py` for a run of seconds; the last of two flags for the same field counts."""
+        in_program = "jax:" if reward.startswith("score_") else ""
+        fields = {
+            "model": self.model, "prompts": self.prompts, "reward": f"{in_program}{self.rewards}:{reward}",
+            "num_iterations": 4, "checkpoint_every": 2, "samples_every": 2, "num_samples": 2, "eval_prompts": 8,
+            "mesh.data": 1, "ppo.batch_size": 8, "ppo.prompt_length": 8, "ppo.response_length": 6, "ppo.num_epochs": 2,
+            "ppo.num_minibatches": 2, "ppo.lr": 0.01, "ppo.kl_coef": 0.01,
+        }  # fmt: skip
+        config = ROOT / "experiments" / "configs" / "ppo_sentiment.py"
+        return [f"--config={config}", *(f"--config.{name}={value}" for name, value in fields.items()), *changes]
+
+
+def make_world(root: Path) -> World:
+    """Model, prompts (one of them too long) and rewards."""
+    rows = [*prompt_rows(), {"prompt": "the very old dog and the very old cat sat here", "number": -1}]
+    (root / "rewards.py").write_text(REWARDS)
+    model, prompts = make_folder(root / "model"), write_jsonl(root / "prompts.jsonl", rows)
+    return World(root, model, prompts, root / "rewards.py")
+
+
+def remember_programs(prepare: Any) -> Any:
+    """`train_ppo.prepare` that compiles each program once for all runs of a test session.
+
+    All else is made anew. A program depends on what is closed over, which is the key here; the tests of the processes
+    and `test_ppo.py` compile their own.
+    """
+    known: dict[Any, Any] = {}
+
+    def prepared(settings: Any) -> Any:
+        setup = prepare(settings)
+        reward = settings.reward if setup.step.iterate else ""
+        key = (setup.model, setup.sampling, settings.ppo, settings.mesh, reward, settings.ppo.lr_schedule == "constant" or settings)
+        return setup._replace(step=known.setdefault(key, setup.step))
+
+    return prepared
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -667,6 +667,22 @@ def test_a_failed_save_leaves_the_old_folder(folder, family, rng):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_failure_between_the_two_renames_brings_the_old_folder_back(folder, family, rng, monkeypatch):
+    before, rename = load(folder), Path.rename
+
+    def fail_at_the_second(source, target):
+        if source.suffix == ".new":
+            assert not folder.exists()
+            raise OSError("device gone")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_second)
+    with pytest.raises(OSError, match="device gone"):
+        hub.save(folder, random_params(rng, CONFIGS[family]), CONFIGS[family])
+    assert_same(load(folder), before)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_a_save_replaces_the_old_folder_whole(folder, family, rng):
     (folder / "stale.json").write_text("{}")
     params = random_params(rng, CONFIGS[family])

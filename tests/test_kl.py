@@ -167,6 +167,13 @@ def test_rewards_golden():
     np.testing.assert_array_equal(actual, expected)
 
 
+def test_rewards_golden_with_a_mask_that_starts_late_or_has_a_hole():
+    # No penalty: score 5 on the last kept token and nowhere else, whatever lies before it.
+    mask = np.array([[False, True, True, False], [True, False, True, False], [False, False, False, True]])
+    actual = kl.kl_shaped_rewards(jnp.full(3, 5.0), jnp.ones((3, 4)), jnp.zeros((3, 4)), mask, 0.0)
+    np.testing.assert_array_equal(actual, [[0, 0, 5, 0], [0, 0, 5, 0], [0, 0, 0, 5]])
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_rewards_oracle(rng, estimator):
     arguments = draw(rng)

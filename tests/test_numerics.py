@@ -613,6 +613,11 @@ def test_chunks_never_hold_all_logits(rng, gradient, chunk_size):
     assert max(sizes_in_hlo(jax.jit(function).lower(*arguments).compile().as_text())) < ALL_LOGITS
 
 
+def test_a_chunk_larger_than_the_response_holds_no_more_than_the_response(rng):
+    function, arguments = program(functools.partial(chunked, chunk_size=64), False, *draw_head(rng, **MEMORY_SHAPE))
+    assert max(sizes_in_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)) == ALL_LOGITS
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_the_search_for_all_logits_finds_them_where_they_are(rng, gradient):
     function, arguments = program(unchunked, gradient, *draw_head(rng, **MEMORY_SHAPE))

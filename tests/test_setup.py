@@ -148,10 +148,11 @@ def test_a_driver_without_a_gpu_adds_nothing(checkout):
 def test_the_package_index_of_pip_is_passed_on(checkout):
     index = "https://pypi.example.com/simple"
     assert checkout.setup(PIP_INDEX_URL=index)[1][-1] == f"{index} {install('')}"
-    pip_conf = checkout.folder / "pip.conf"
-    pip_conf.write_text("[global]\nindex-url = https://conf.example.com/simple\n")
+    settings = checkout.folder / ".config" / "pip"  # of the home directory, which the fixture moves
+    settings.mkdir(parents=True)
+    (settings / "pip.conf").write_text("[global]\nindex-url = https://conf.example.com/simple\n")
     expected = f"https://conf.example.com/simple {install('[test]')}"
-    assert checkout.setup("test", PIP_CONFIG_FILE=str(pip_conf))[1][-1] == expected
+    assert checkout.setup("test", PIP_CONFIG_FILE="")[1][-1] == expected
 
 
 def test_without_uv_pip_fetches_it(checkout):

@@ -103,6 +103,7 @@ class Norm(nn.Module):
         if config.norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps)
+        # Broadcasts are spelled out: tests forbid that ranks are promoted silently.
         y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
         if config.norm == "layernorm":
             bias = self.param("bias", nn.initializers.zeros, (config.width,), jnp.dtype(config.param_dtype))

@@ -2,8 +2,8 @@
 **columns)`.
 """
 
-from ppo_jax.rewards.host import HostReward, RewardError, call_reward
+from ppo_jax.rewards.host import HostReward, RewardError, call_reward, check_scores
 from ppo_jax.rewards.lexicon import make_lexicon_score
 from ppo_jax.rewards.registry import load_reward
 
-__all__ = ["HostReward", "RewardError", "call_reward", "load_reward", "make_lexicon_score"]
+__all__ = ["HostReward", "RewardError", "call_reward", "check_scores", "load_reward", "make_lexicon_score"]

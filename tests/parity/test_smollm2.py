@@ -70,4 +70,4 @@ def test_greedy_text(batch, theirs, ours, tokenizer):
     lengths = rollout.response_mask.sum(1).tolist()
     assert lengths == [row.tolist().index(2) + 1 if 2 in row else NEW for row in expected]
     assert lengths[3] < NEW, "the chat ends by itself"
-    assert "Jupiter" in tokenizer.decode(expected[3])
+    assert tokenizer.decode(expected[3]).startswith("The largest planet is")

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")  # skips who imports this, too
+# Its threads wait by spinning: where other workers share the cores, two are ten times slower than one.
+torch.set_num_threads(1)
 
 
-def randomize(model: torch.nn.Module, seed: int) -> "torch.nn.Module":
+def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Draws every parameter, norms around one and all others around zero.
 
     At the usual initialisation (0.02, biases 0, norms 1) a layer hardly moves the residual stream, and a model whose

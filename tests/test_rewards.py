@@ -1,0 +1,411 @@
+"""Judges: what a user's function is given, what is refused of what it returns, how a judge is found by its name."""
+
+import sys
+from dataclasses import dataclass
+
+import chex
+import folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import reviews
+from experiments.rewards import praise
+from ppo_jax.errors import InputError
+from ppo_jax.rewards import RewardError, call_reward, load_reward, make_lexicon_score, sentiment
+from ppo_jax.types import Rollout
+
+PROMPTS, ANSWERS = ["the cat", "a dog", "the film"], [" sat", " was good", ""]
+NO_COLUMNS = [{}, {}, {}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return folders.word_tokenizer()
+
+
+def refused(reward, prompts=PROMPTS, columns=NO_COLUMNS) -> str:
+    """The message with which what the reward does is refused."""
+    with pytest.raises(RewardError) as error:
+        call_reward(reward, prompts, ANSWERS[: len(prompts)], columns)
+    assert isinstance(error.value, InputError)
+    text = str(error.value)
+    assert "\n" not in text, text
+    return text
+
+
+# Calls of a user's function
+
+
+def test_a_reward_gets_texts_and_columns_as_lists():
+    given = {}
+
+    def reward(prompts, completions, **columns):
+        given.update(prompts=prompts, completions=completions, **columns)
+        return [1, 0.5, -2.0]
+
+    columns = [{"label": 1, "tag": "x"}, {"label": 0}, {"label": None, "extra": [1]}]
+    scores = call_reward(reward, tuple(PROMPTS), tuple(ANSWERS), columns)
+    np.testing.assert_array_equal(scores, np.float32([1, 0.5, -2]))
+    assert scores.dtype == np.float32
+    # A row that lacks a column passes None.
+    assert given == {
+        "prompts": PROMPTS,
+        "completions": ANSWERS,
+        "label": [1, 0, None],
+        "tag": ["x", None, None],
+        "extra": [None, None, [1]],
+    }
+
+
+def test_columns_named_as_the_two_arguments_are_left_out():
+    columns = [{"prompts": "x", "completions": "y", "label": 1}] * 3
+    assert call_reward(lambda prompts, completions, label: label, PROMPTS, ANSWERS, columns).tolist() == [1, 1, 1]
+
+
+def test_a_reward_cannot_change_the_texts_of_the_run():
+    prompts, answers = list(PROMPTS), list(ANSWERS)
+
+    def reward(prompts, completions, **columns):
+        prompts.clear()
+        completions.clear()
+        return [0.0] * 3
+
+    call_reward(reward, prompts, answers, NO_COLUMNS)
+    assert (prompts, answers) == (PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1, 0, 1],
+        (1.0, 0.0, 1.0),
+        [True, False, True],
+        np.array([1, 0, 1], np.float64),
+        np.array([1, 0, 1], np.int8),
+        jnp.array([1.0, 0.0, 1.0]),
+        (x for x in (1, 0, 1)),
+        {"a": 1, "b": 0, "c": 1}.values(),
+        [np.float32(1), jnp.float32(0), np.int64(1)],
+    ],
+    ids=["ints", "tuple", "bools", "float64", "int8", "jax", "generator", "view", "scalars"],
+)
+def test_anything_that_gives_one_number_a_prompt_is_taken(scores):
+    assert call_reward(lambda *_, **__: scores, PROMPTS, ANSWERS, NO_COLUMNS).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), np.float32("nan"), 1e300])
+def test_a_score_that_is_not_finite_is_refused_with_its_prompts(bad):
+    text = refused(lambda *_, **__: [0.0, bad, bad])
+    assert text.startswith("reward <lambda>: got ")
+    assert "for 2 of 3 responses, expected finite numbers" in text
+    assert "'a dog'" in text
+    assert "'the film'" in text
+    assert "the cat" not in text
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0] * 4])
+def test_the_wrong_number_of_scores_is_refused(scores):
+    text = refused(lambda *_, **__: scores)
+    assert f"got {len(scores)} scores, expected 3, one a prompt" in text
+    assert "'the cat', 'a dog', 'the film'" in text
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        None,
+        0.5,
+        [0.1, None, 0.2],
+        [[0.1], [0.2], [0.3]],
+        ["0.1", "0.2", "0.3"],
+        "123",
+        {"1": 0.1, "2": 0.2, "3": 0.3},
+        [1j, 0, 0],
+        np.zeros((3, 2)),
+        np.zeros((3, 1)),
+        [object()] * 3,
+    ],
+    ids=["none", "number", "none_inside", "nested", "strings", "string", "dict", "complex", "matrix", "column", "objects"],
+)
+def test_what_is_no_list_of_numbers_is_refused(returned):
+    text = refused(lambda *_, **__: returned)
+    assert text.startswith("reward <lambda>: ")
+    assert "prompts: 'the cat', 'a dog', 'the film'" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("no such label"), "ValueError: no such label;"),
+        (KeyError("answer"), "KeyError: 'answer';"),
+        (RuntimeError("first line\nsecond line"), "RuntimeError: first line;"),
+        (RuntimeError("\nfirst line is empty"), "RuntimeError: "),
+        (ZeroDivisionError(), "ZeroDivisionError: "),
+        (RecursionError("deep"), "RecursionError: deep;"),
+    ],
+)
+def test_what_a_reward_raises_is_told_with_the_prompts(error, told):
+    def judge(prompts, completions, **columns):
+        raise error
+
+    text = refused(judge)
+    assert text.startswith(f"reward judge: {told}")
+    assert text.endswith("prompts: 'the cat', 'a dog', 'the film'")
+
+
+def test_an_error_while_the_scores_are_drawn_is_told():
+    def judge(prompts, completions, **columns):
+        yield 1.0
+        raise ValueError("halfway")
+
+    assert refused(judge).startswith("reward judge: ValueError: halfway; ")
+
+
+def test_a_column_that_the_reward_does_not_take_is_told():
+    text = refused(lambda prompts, completions: [0.0] * 3, columns=[{"label": 1}] * 3)
+    assert "unexpected keyword argument 'label'" in text
+
+
+def test_an_interrupt_is_not_an_error_of_the_reward():
+    def judge(prompts, completions, **columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_reward(judge, PROMPTS, ANSWERS, NO_COLUMNS)
+
+
+def test_of_many_and_long_prompts_a_few_are_told_and_shortened():
+    prompts = ["line one\nline two " + "x" * 200, *(f"prompt {i}" for i in range(9))]
+    with pytest.raises(RewardError) as error:
+        call_reward(lambda *_, **__: [], prompts, [""] * 10, [{}] * 10)
+    text = str(error.value)
+    assert "\n" not in text
+    assert r"'line one\nline two xxx" in text
+    assert text.endswith("and 7 more")
+    assert len(text) < 300
+
+
+def test_a_reward_that_is_an_object_is_named_by_its_class():
+    @dataclass
+    class Judge:
+        score: float
+
+        def __call__(self, prompts, completions, **columns):
+            return [self.score] * len(prompts)
+
+    assert call_reward(Judge(2.0), PROMPTS, ANSWERS, NO_COLUMNS).tolist() == [2, 2, 2]
+    assert refused(Judge(float("nan"))).startswith("reward Judge: ")
+
+
+# VADER
+
+
+def test_vader_gives_the_numbers_that_its_authors_print():
+    # The examples in the README of vaderSentiment 3.3.2 (Hutto and Gilbert), with their compound scores.
+    golden = {
+        "VADER is smart, handsome, and funny.": 0.8316,
+        "VADER is smart, handsome, and funny!": 0.8439,
+        "VADER is VERY SMART, handsome, and FUNNY!!!": 0.9342,  # README: 0.9342 with three, 0.9469 with "uber"
+        "The book was good.": 0.4404,
+        "At least it isn't a horrible book.": 0.431,
+        "Today SUX!": -0.5461,
+        "": 0.0,
+    }
+    scores = sentiment.vader([""] * len(golden), list(golden))
+    assert scores == pytest.approx(list(golden.values()), abs=1e-9)
+    # The prompt does not count, nor does a column.
+    assert sentiment.vader(["I hate this."], ["The book was good."], label=[0]) == [0.4404]
+
+
+def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, tokenizer):
+    sentiment._analyzer.cache_clear()
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(InputError, match=r'config\.reward: .*pip install "ppo_jax\[eval\]"'):
+        load_reward("vader", tokenizer)
+    sentiment._analyzer.cache_clear()
+
+
+# By name
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(folders.REWARDS)
+    yield path
+    sys.modules.pop("my_rewards", None)
+
+
+def test_vader_is_found_by_its_name(tokenizer):
+    assert load_reward("vader", tokenizer) == (sentiment.vader, False)
+
+
+def test_a_function_in_a_file(reward_file, tokenizer, monkeypatch):
+    reward, in_program = load_reward(f"{reward_file}:count_good", tokenizer)
+    assert not in_program
+    assert call_reward(reward, ["a", "b"], [" good cat kind", ""], [{}, {}]).tolist() == [0.5, 0]
+    monkeypatch.chdir(reward_file.parent)
+    assert load_reward("my_rewards.py:count_good", tokenizer)[0].__name__ == "count_good"
+
+
+def test_a_dataclass_in_the_file_works(tmp_path, tokenizer):
+    """Dataclasses look their module up by name."""
+    path = tmp_path / "with_dataclass.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Judge:\n"
+        "    weight: float = 2.0\n\n    def __call__(self, prompts, completions, **columns):\n"
+        "        return [self.weight] * len(prompts)\n\njudge = Judge()\n"
+    )
+    reward, _ = load_reward(f"{path}:judge", tokenizer)
+    assert reward(["a"], ["b"]) == [2.0]
+    sys.modules.pop("with_dataclass", None)
+
+
+def test_a_file_named_as_a_module_of_python_does_not_replace_it(tmp_path, tokenizer):
+    (tmp_path / "json.py").write_text("def judge(prompts, completions, **columns):\n    return [1.0]\n")
+    reward, _ = load_reward(f"{tmp_path / 'json.py'}:judge", tokenizer)
+    assert reward(["a"], ["b"]) == [1.0]
+    assert hasattr(sys.modules["json"], "dumps")
+
+
+def test_a_function_in_a_module(tokenizer):
+    assert load_reward("ppo_jax.rewards.sentiment:vader", tokenizer) == (sentiment.vader, False)
+
+
+def test_a_score_in_jax_from_a_file_and_from_a_module(reward_file, tokenizer):
+    score, in_program = load_reward(f"jax:{reward_file}:score_good", tokenizer)
+    assert in_program
+    row = rollout_of(tokenizer, [["the"]], [["good", "cat", "kind"]])
+    np.testing.assert_allclose(jax.jit(score)(row), [0.5])
+    vocabulary = [*reviews.POSITIVE_WORDS, *reviews.NEGATIVE_WORDS]
+    score, in_program = load_reward("jax:experiments.rewards:praise", folders.word_tokenizer(vocabulary))
+    assert in_program
+    assert callable(score)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("", "got '', expected one of vader"),
+        ("vadre", "got 'vadre', expected one of vader"),
+        ("jax:vader", "got 'jax:vader', expected"),
+        ("jax:", "got 'jax:', expected"),
+        (":judge", "got ':judge', expected"),
+        ("FILE:", "expected one of vader"),
+        ("no/such/file.py:judge", "there is no file no/such/file.py"),
+        ("jax:no/such/file.py:judge", "there is no file no/such/file.py"),
+        ("no.such.module:judge", "module no.such.module cannot be imported"),
+        ("ppo_jax.rewards.sentiment:veder", "has no function 'veder'"),
+        ("FILE:count_god", "has no function 'count_god'"),
+        ("FILE:GOOD", "has no function 'GOOD'"),  # it is there, and is no function
+    ],
+)
+def test_what_names_no_judge_is_told(spec, told, reward_file, tokenizer):
+    with pytest.raises(InputError, match=r"config\.reward: ") as error:
+        load_reward(spec.replace("FILE", str(reward_file)), tokenizer)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+BROKEN = {
+    "syntax": "def judge(:\n",
+    "name": "nothing\n",
+    "import": "import no_such_package\n",
+    "raises": "raise RuntimeError('at import')\n",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("way", ["file", "module"])
+def test_a_reward_file_that_cannot_be_imported_is_told(tmp_path, monkeypatch, tokenizer, content, way, request):
+    name = f"broken_{request.node.callspec.id.replace('-', '_')}"
+    path = tmp_path / f"{name}.py"
+    path.write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=rf"config\.reward: .*{name}.* cannot be imported"):
+        load_reward(f"{path if way == 'file' else name}:judge", tokenizer)
+    sys.modules.pop(name, None)
+
+
+def test_a_function_that_cannot_make_its_score_is_told(tmp_path, tokenizer):
+    """It runs before the start, so its mistake is told as any other mistake in the configuration."""
+    path = tmp_path / "no_score.py"
+    path.write_text("def make(tokenizer):\n    raise RuntimeError('no weights\\nhere')\n")
+    with pytest.raises(InputError, match=r"config\.reward: .*RuntimeError: no weights"):
+        load_reward(f"jax:{path}:make", tokenizer)
+
+
+# Word lists
+
+
+def rollout_of(tokenizer, prompts, responses, length: int = 0, garbage: str = "<pad>") -> Rollout:
+    """Words to a rollout: prompts padded left, responses padded right (with `garbage`, which is masked)."""
+    spelled = [[["▁" + w if not w.startswith("<") else w for w in row] for row in rows] for rows in (prompts, responses)]
+    width, length = max(map(len, prompts)), length or max(map(len, responses))
+    tokens, mask = [], []
+    for prompt, response in zip(*spelled, strict=True):
+        row = ["<pad>"] * (width - len(prompt)) + prompt + response + [garbage] * (length - len(response))
+        tokens.append(tokenizer.convert_tokens_to_ids(row))
+        mask.append([False] * (width - len(prompt)) + [True] * (len(prompt) + len(response)) + [False] * (length - len(response)))
+    zeros = jnp.zeros((len(tokens), length))
+    return Rollout(jnp.array(tokens, jnp.int32), jnp.array(mask), zeros, zeros)
+
+
+def test_the_word_score_counts_responses_only(tokenizer):
+    score = make_lexicon_score(tokenizer, folders.GOOD, folders.BAD)
+    prompts = [["good"], ["bad"], ["the", "cat"], ["the"], ["the"], ["the"]]
+    responses = [
+        ["good", "good", "kind", "</s>"],  # (3 - 0) / 3
+        ["good", "bad", "cat", "great"],  # (2 - 1) / 3
+        ["bad", "</s>"],  # (0 - 1) / 1
+        ["cat", "sat"],  # 0 / max(1, 0)
+        ["</s>"],
+        [],
+    ]
+    scores = jax.jit(score)(rollout_of(tokenizer, prompts, responses, garbage="▁good"))
+    np.testing.assert_allclose(scores, [1, 1 / 3, -1, 0, 0, 0], rtol=1e-6)
+    assert scores.dtype == jnp.float32
+
+
+def test_the_word_score_is_traced_once_and_maps(tokenizer):
+    score = jax.jit(chex.assert_max_traces(make_lexicon_score(tokenizer, folders.GOOD, folders.BAD), n=1))
+    for response in (["good"], ["bad"]):
+        score(rollout_of(tokenizer, [["the"]], [response], length=2))
+
+
+def test_tokens_beyond_the_tokenizer_count_nothing():
+    """A model's vocabulary is often padded to a round number: ids that no token has can be sampled."""
+    tokenizer = folders.word_tokenizer(["the", "cat", "good"])  # a word of the lexicon is the last token
+    row = rollout_of(tokenizer, [["the"]], [["cat", "cat"]])
+    row = row.replace(tokens=row.tokens.at[0, -1].set(len(tokenizer) + 5))
+    np.testing.assert_array_equal(make_lexicon_score(tokenizer, ["good"], [])(row), [0.0])
+
+
+@pytest.mark.parametrize("word", ["unknown", "very old"])
+def test_a_word_that_is_not_one_token_is_refused(tokenizer, word):
+    with pytest.raises(InputError, match=f"lexicon: got '{word}', .* expected a single token"):
+        make_lexicon_score(tokenizer, ["good", word], [])
+
+
+def test_the_compiled_praise_is_the_score_of_the_text(seed):
+    """Token ids in the program against words of the decoded text on the host, on reviews and on shuffled words."""
+    texts = [review.text for review in reviews.generate_reviews(200, seed)]
+    tokenizer = reviews.train_tokenizer([review.text for review in reviews.generate_reviews(3000, 0)] + texts, 2048)
+    rng = np.random.default_rng(seed)
+    lexicon = sorted(reviews.POSITIVE_WORDS | reviews.NEGATIVE_WORDS)
+    texts += [" ".join(rng.choice(lexicon, rng.integers(1, 12))) for _ in range(100)]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    cuts = [int(rng.integers(1, len(row))) for row in ids]  # where the response begins
+    length = max(map(len, ids))
+    tokens, mask = np.zeros((len(ids), 2 * length), np.int32), np.zeros((len(ids), 2 * length), bool)
+    for i, (row, cut) in enumerate(zip(ids, cuts, strict=True)):
+        tokens[i, length - cut : length - cut + len(row)], mask[i, length - cut : length - cut + len(row)] = row, True
+    zeros = jnp.zeros((len(ids), length))
+    scores = jax.jit(praise(tokenizer))(Rollout(jnp.asarray(tokens), jnp.asarray(mask), zeros, zeros))
+    responses = [tokenizer.decode(row[cut:]) for row, cut in zip(ids, cuts, strict=True)]
+    expected = [reviews.lexicon_score(text) for text in responses]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    assert len(set(np.sign(expected))) == 3

@@ -1,0 +1,250 @@
+"""The settings of the experiment scripts: every field documented, none silent, from and to a ConfigDict."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from experiments import settings
+from experiments.settings import (
+    Architecture,
+    CorpusSettings,
+    MeshSettings,
+    PPOExperiment,
+    RLHFExperiment,
+    SFTExperiment,
+    defaults,
+    describe,
+    from_config_dict,
+)
+from ppo_jax.config import PPOConfig
+from ppo_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+KINDS = (PPOExperiment, SFTExperiment, RLHFExperiment)
+ALL = (*KINDS, MeshSettings, Architecture, CorpusSettings, PPOConfig)
+SHIPPED = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))
+SCRIPTS = {"train_ppo": PPOExperiment, "train_sft": SFTExperiment, "rlhf": RLHFExperiment}
+
+
+def kind_of(config: ml_collections.ConfigDict) -> type:
+    """The settings that a ConfigDict belongs to, by its fields."""
+    (kind,) = [kind for kind in KINDS if set(config) == {field.name for field in dataclasses.fields(kind)}]
+    return kind
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"shipped_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Fields
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_every_field_has_a_default_and_help(kind):
+    for field in dataclasses.fields(kind):
+        nested = field.default is dataclasses.MISSING
+        if nested:
+            assert dataclasses.is_dataclass(field.default_factory())
+        else:
+            help = field.metadata["help"]
+            assert len(help) >= 5, field.name
+            assert "\n" not in help, field.name
+            assert isinstance(field.default, {"int": int, "float": float, "str": str, "bool": bool}[str_of(field.type)])
+
+
+def str_of(kind) -> str:
+    return kind if isinstance(kind, str) else kind.__name__
+
+
+def test_the_fields_that_people_script_against_are_there():
+    names = {name for name, _, _ in describe(PPOExperiment, defaults(PPOExperiment))}
+    promised = "model prompts reward seed num_iterations checkpoint_every".split()
+    promised += [f"ppo.{name}" for name in (
+        "batch_size prompt_length response_length num_epochs num_minibatches kl_coef clip_eps gamma gae_lambda temperature"
+    ).split()]  # fmt: skip
+    assert {f"config.{name}" for name in promised} <= names
+
+
+def test_every_field_is_used():
+    """A setting that is accepted and never read is a defect: each name stands as an attribute somewhere in the code."""
+    read = set()
+    for path in [*(ROOT / "ppo_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if not (isinstance(owner, ast.Name) and owner.id == "self" and path.name in ("settings.py", "config.py")):
+                    read.add(node.attr)
+            elif isinstance(node, ast.FunctionDef):
+                read |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+    handed_over = {field.name for field in dataclasses.fields(Architecture)}  # all at once, to ModelConfig
+    for kind in ALL:
+        unused = {field.name for field in dataclasses.fields(kind)} - read - handed_over
+        assert not unused, (kind.__name__, unused)
+
+
+# There and back
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_defaults_go_there_and_back(kind):
+    assert from_config_dict(kind, defaults(kind)) == kind()
+    # Also through the plain dictionary that stands in config.json.
+    assert ml_collections.ConfigDict(dataclasses.asdict(kind())).to_dict() == defaults(kind).to_dict()
+
+
+def test_changes_arrive():
+    config = defaults(RLHFExperiment)
+    config.corpus.num_train = 17
+    config.pretrain.architecture.width = 64
+    config.ppo.mesh.fsdp = 2
+    config.ppo.ppo.kl_coef = 0.0  # nothing is not "not given"
+    config.ppo.ppo.whiten_advantages = False
+    made = from_config_dict(RLHFExperiment, config)
+    assert made.corpus.num_train == 17
+    assert made.pretrain.architecture.width == 64
+    assert made.ppo.mesh.fsdp == 2
+    assert made.ppo.ppo.kl_coef == 0.0
+    assert made.ppo.ppo.whiten_advantages is False
+    assert dataclasses.replace(made, corpus=CorpusSettings()) != made
+
+
+def test_a_whole_number_is_a_number():
+    made = from_config_dict(PPOExperiment, ml_collections.ConfigDict({"kl_limit": 20, "ppo": {"value_clip_eps": 1}}))
+    assert (made.kl_limit, made.ppo.value_clip_eps) == (20, 1)
+
+
+def test_a_missing_field_has_its_default():
+    config = ml_collections.ConfigDict({"model": "x", "ppo": {"batch_size": 8}})
+    made = from_config_dict(PPOExperiment, config)
+    assert made == PPOExperiment(model="x", ppo=PPOConfig(batch_size=8))
+
+
+def test_an_unknown_field_is_refused_with_the_known_ones():
+    config = defaults(PPOExperiment)
+    config.ppo.learning_rate = 1.0
+    with pytest.raises(InputError, match=r"unknown field 'learning_rate', expected some of batch_size, prompt_length") as error:
+        from_config_dict(PPOExperiment, config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("path", "value"), [("seed", "a"), ("ppo", 3), ("ppo.lr", "x"), ("model", 1), ("seed", 0.5), ("mesh", None)])
+def test_a_value_of_another_type_is_refused_by_name(path, value):
+    """A configuration that is no copy of the defaults has no types of its own."""
+    config = ml_collections.ConfigDict({"ppo": {}})
+    config.update_from_flattened_dict({path: value})
+    with pytest.raises(InputError, match=path.rpartition(".")[2]):
+        from_config_dict(PPOExperiment, config)
+
+
+BAD = [
+    (PPOExperiment, "num_iterations", 0),
+    (PPOExperiment, "checkpoint_every", 0),
+    (PPOExperiment, "checkpoints_to_keep", 0),
+    (PPOExperiment, "samples_every", 0),
+    (PPOExperiment, "num_samples", 0),
+    (PPOExperiment, "eval_prompts", 0),
+    (PPOExperiment, "kl_limit", -1.0),
+    (PPOExperiment, "long_prompts", "cut"),
+    (PPOExperiment, "dtype", "float16"),
+    (PPOConfig, "batch_size", 10),  # num_minibatches is 4
+    (PPOConfig, "batch_size", 0),
+    (PPOConfig, "num_minibatches", 0),
+    (PPOConfig, "temperature", 0.0),
+    (PPOConfig, "lr", 0.0),
+    (PPOConfig, "lr", float("nan")),
+    (PPOConfig, "kl_coef", -0.1),
+    (PPOConfig, "gamma", 1.5),
+    (PPOConfig, "gae_lambda", -0.1),
+    (PPOConfig, "adam_b1", 1.0),
+    (PPOConfig, "min_new_tokens", 49),  # response_length is 48
+    (PPOConfig, "kl_estimator", "k4"),
+    (PPOConfig, "lr_schedule", "step"),
+    (SFTExperiment, "heldout_frac", 1.0),
+    (SFTExperiment, "length", 1),
+    (SFTExperiment, "num_steps", 0),
+    (SFTExperiment, "batch_size", 0),
+    (SFTExperiment, "lr", -1.0),
+    (SFTExperiment, "lr_schedule", "step"),
+    (SFTExperiment, "warmup_steps", -1),
+    (SFTExperiment, "weight_decay", -0.1),
+    (SFTExperiment, "dtype", "int8"),
+    (Architecture, "num_layers", 0),
+    (MeshSettings, "fsdp", 0),
+    (MeshSettings, "data", -2),
+    (MeshSettings, "tensor", -1),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), BAD, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_value_out_of_range_is_refused_by_name_value_and_range(kind, name, value):
+    with pytest.raises(InputError, match=rf"{name}.*{re.escape(str(value))}.*, expected ") as error:
+        made = kind(**{name: value})
+        if kind is Architecture:  # checked with the model that is made of it
+            made.model_config(100, "float32")
+        if kind is MeshSettings:
+            from ppo_jax.sharding import make_mesh
+
+            make_mesh(**dataclasses.asdict(made))
+    assert "\n" not in str(error.value)
+
+
+# The shipped files
+
+
+def test_there_is_a_file_for_each_script():
+    assert {kind_of(load(path).get_config()) for path in SHIPPED} == set(KINDS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_loads_and_is_valid(path):
+    config = load(path).get_config()
+    kind = kind_of(config)
+    made = from_config_dict(kind, config)
+    assert made != kind(), "it changes nothing"
+    # Fields of nested settings too: nothing that the dataclass does not know.
+    assert ml_collections.ConfigDict(dataclasses.asdict(made)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_says_how_to_run_it(path):
+    """The docstring holds command, hardware, time and expected result."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    command = re.search(r"python experiments/(\w+)\.py --config=experiments/configs/(\w+)\.py", text)
+    kind = kind_of(load(path).get_config())
+    if command:
+        assert SCRIPTS[command[1]] is kind
+        assert command[2] == path.stem
+        assert "--workdir=" in text
+    else:
+        assert path.stem == "quickstart"
+        assert "make quickstart" in text
+    assert re.search(r"CPU|cores?\b|GPU|TPU", text), "no hardware"
+    assert re.search(r"\bminutes?\b|\bseconds?\b|\bhours?\b|not yet run", text), "no time"
+    assert re.search(r"\d", text), "no expected result"
+
+
+def test_the_readme_names_files_that_are_there():
+    text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"experiments/[\w/]+\.py", text)) - {"experiments/configs/NAME.py"}
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_the_docstrings_of_the_scripts_name_files_that_are_there():
+    for name in SCRIPTS:
+        text = ast.get_docstring(ast.parse((ROOT / "experiments" / f"{name}.py").read_text()))
+        named = re.findall(r"experiments/[\w/]+\.py", text)
+        assert named
+        assert not [path for path in named if not (ROOT / path).is_file()], name
+
+
+def test_the_module_exports_what_a_configuration_file_needs():
+    assert settings.defaults(PPOExperiment).ppo.batch_size == PPOConfig().batch_size
