@@ -16,9 +16,13 @@ from absl.testing import flagsaver
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from experiments import cli
+from experiments import cli, train_ppo
+from experiments.settings import PPOExperiment
 from ppo_jax import hub
+from ppo_jax.checkpoint import Checkpointer
+from ppo_jax.metrics import read_jsonl
 from ppo_jax.models import Decoder, ModelConfig
+from ppo_jax.types import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,11 +160,12 @@ class Outcome(NamedTuple):
 def call_script(script: Any, kind: type, arguments: Sequence[str], capsys: Any) -> Outcome:
     """Runs a script of `experiments/` within this process, as its command line would.
 
-    Flags are global: they are put back as they were, and so is the precision of matrix products, which `launch` sets.
+    Flags and the module path are global and are put back as they were; so is the precision, which `launch` sets.
     """
     capsys.readouterr()
     sys.modules.pop("config_config", None)  # where ml_collections keeps the file of the last start, and would add to it
-    saved, argv, precision = flagsaver.save_flag_values(), sys.argv, jax.config.jax_default_matmul_precision
+    saved, precision = flagsaver.save_flag_values(), jax.config.jax_default_matmul_precision
+    argv, path = sys.argv, list(sys.path)
     sys.argv, status = [f"{script.__name__}.py", *map(str, arguments)], 0
     try:
         with warnings.catch_warnings():
@@ -169,7 +174,7 @@ def call_script(script: Any, kind: type, arguments: Sequence[str], capsys: Any) 
     except SystemExit as ending:
         status = ending.code or 0
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
         flagsaver.restore_flag_values(saved)
         jax.config.update("jax_default_matmul_precision", precision)
     return Outcome(status, *capsys.readouterr())
@@ -203,7 +208,7 @@ class World(NamedTuple):
         fields = {
             "model": self.model, "prompts": self.prompts, "reward": f"{in_program}{self.rewards}:{reward}",
             "num_iterations": 4, "checkpoint_every": 2, "samples_every": 2, "num_samples": 2, "eval_prompts": 8,
-            "mesh.data": 1, "ppo.batch_size": 8, "ppo.prompt_length": 8, "ppo.response_length": 6, "ppo.num_epochs": 2,
+            "mesh.data": 1, "kl_limit": 0.0, "long_prompts": "drop", "ppo.batch_size": 8, "ppo.prompt_length": 8, "ppo.response_length": 6, "ppo.num_epochs": 2,
             "ppo.num_minibatches": 2, "ppo.lr": 0.01, "ppo.kl_coef": 0.01,
         }  # fmt: skip
         config = ROOT / "experiments" / "configs" / "ppo_sentiment.py"
@@ -219,20 +224,46 @@ def make_world(root: Path) -> World:
 
 
 def remember_programs(prepare: Any) -> Any:
-    """`train_ppo.prepare` that compiles each program once for all runs of a test session.
+    """`train_ppo.prepare` or `train_sft.prepare` that compiles each program once for all runs of a test module.
 
-    All else is made anew. A program depends on what is closed over, which is the key here; the tests of the processes
-    and `test_ppo.py` compile their own.
+    All else is made anew. A program depends on what is closed over, which is the key here; the processes of
+    test_resume.py and the tests of the train steps compile their own.
     """
     known: dict[Any, Any] = {}
 
     def prepared(settings: Any) -> Any:
         setup = prepare(settings)
-        reward = settings.reward if setup.step.iterate else ""
-        key = (setup.model, setup.sampling, settings.ppo, settings.mesh, reward, settings.ppo.lr_schedule == "constant" or settings)
+        if hasattr(setup, "sampling"):
+            reward = settings.reward if setup.step.iterate else ""
+            rate = settings.ppo.lr_schedule == "constant" or settings.num_iterations
+            key = (setup.model, setup.sampling, settings.ppo, settings.mesh, reward, rate)
+        else:
+            rate = settings.lr_schedule == "constant" or settings.num_steps
+            key = (setup.model, settings.mesh, settings.lr, settings.warmup_steps, settings.weight_decay, rate)
         return setup._replace(step=known.setdefault(key, setup.step))
 
     return prepared
+
+
+def saved_state(workdir: Path) -> TrainState:
+    """The newest train state of a PPO run."""
+    settings = json.loads((workdir / "config.json").read_text())
+    parts = {name: type(getattr(PPOExperiment(), name))(**settings.pop(name)) for name in ("ppo", "mesh")}
+    checkpoints = Checkpointer(workdir / "checkpoints")
+    state = checkpoints.restore(train_ppo.prepare(PPOExperiment(**settings, **parts)).state)
+    checkpoints.close()
+    return state
+
+
+def bits(state: TrainState) -> dict[str, tuple[str, bytes]]:
+    """Every leaf of a train state by its path: dtype and bytes."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.replace(key=jax.random.key_data(state.key)))
+    return {jax.tree_util.keystr(path): (str(x.dtype), np.asarray(x).tobytes()) for path, x in leaves}
+
+
+def without_time(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, less what the clock said."""
+    return [{name: x for name, x in row.items() if not name.startswith("time/")} for row in read_jsonl(path)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

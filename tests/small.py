@@ -47,12 +47,12 @@ def shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(init, jnp.zeros((1, 2), int), jnp.ones((1, 2), bool))["params"]
 
 
-def random_params(rng: np.random.Generator, config: ModelConfig) -> Params:
-    """Parameters of an actor-critic, every one random and large enough to matter; norms around one."""
+def random_params(rng: np.random.Generator, config: ModelConfig, scale: float = 0.4) -> Params:
+    """Parameters of an actor-critic, every one random and, at this scale, large enough to matter; norms around one."""
 
     def draw(path, leaf):
         drawn = rng.normal(size=leaf.shape)
-        return jnp.asarray(1 + 0.3 * drawn if "scale" in str(path[-1]) else 0.4 * drawn, leaf.dtype)
+        return jnp.asarray(1 + 0.3 * drawn if "scale" in str(path[-1]) else scale * drawn, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes(config))
 
@@ -140,7 +140,9 @@ class Bench(NamedTuple):
         return jax.device_put(left_padded(rng, sizes, width), self.shardings.batch)
 
 
-def make_bench(params: Params, model: ModelConfig, config: PPOConfig, eos_ids=(1,), mesh=(1, 1, 1), score=None) -> Bench:
+def make_bench(
+    params: Params, model: ModelConfig, config: PPOConfig, eos_ids=(1,), mesh=(1, 1, 1), score=None, num_iterations=50
+) -> Bench:
     """The train step of these settings, as the experiments put it together."""
     sampling = SamplingConfig(
         max_new_tokens=config.response_length,
@@ -149,7 +151,8 @@ def make_bench(params: Params, model: ModelConfig, config: PPOConfig, eos_ids=(1
         temperature=config.temperature,
         min_new_tokens=config.min_new_tokens,
     )
-    schedule = make_schedule(config.lr, config.lr_schedule, config.warmup_iterations * config.updates_per_iteration, 1000)
+    warmup_steps, num_steps = (n * config.updates_per_iteration for n in (config.warmup_iterations, num_iterations))
+    schedule = make_schedule(config.lr, config.lr_schedule, warmup_steps, num_steps)
     tx = make_optimizer(
         schedule, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay, config.max_grad_norm
     )
@@ -162,7 +165,7 @@ def make_bench(params: Params, model: ModelConfig, config: PPOConfig, eos_ids=(1
 
 
 def token_set_score(rollout: Rollout) -> jax.Array:
-    """The share of the response's tokens below 12, in [0, 1]."""
+    """The share of the response's tokens that are 20 or more, in [0, 1]."""
     mask = rollout.response_mask
-    hits = jnp.sum(mask & (rollout.response_tokens < 12), axis=1, dtype=jnp.float32)
+    hits = jnp.sum(mask & (rollout.response_tokens >= 20), axis=1, dtype=jnp.float32)
     return hits / jnp.maximum(jnp.sum(mask, axis=1), 1)

@@ -236,6 +236,26 @@ def test_end_ids(folder, family, tmp_path, eos_ids, written):
     assert json.loads((out / "generation_config.json").read_text()) == ids
 
 
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [('{"eos_token_id": 2}', (2,)), ('{"eos_token_id": [2, 5]}', (2, 5)), ('{"eos_token_id": null}', ()), ("{}", ())],
+)
+def test_end_ids_are_read(llama, text, ids):
+    (llama / "generation_config.json").write_text(text)
+    assert hub.load_eos_ids(llama) == ids
+
+
+@pytest.mark.parametrize("value", ['"2"', "true", "[2, null]", "-1", "2.0", "{}"])
+def test_end_ids_that_are_none(llama, value):
+    (llama / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    refused("generation_config.json: eos_token_id .* expected an id or a list of ids", hub.load_eos_ids, llama)
+
+
+def test_a_folder_without_generation_config(llama):
+    (llama / "generation_config.json").unlink()
+    assert hub.load_eos_ids(llama) == ()
+
+
 # config.json: what is read.
 
 

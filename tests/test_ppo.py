@@ -5,6 +5,7 @@ from it in a few sums keeps that size, so 1e-5 times the size of the quantity is
 """
 
 import dataclasses
+import functools
 import math
 import re
 from functools import partial
@@ -18,8 +19,7 @@ import optax
 import oracles
 import pytest
 from small import (
-    GPT2,
-    LLAMA,
+    MODELS,
     PAD,
     V,
     full_pass,
@@ -39,10 +39,20 @@ from ppo_jax.ppo import init_state, make_experience, make_train_step, ppo_loss, 
 from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.types import Experience, TrainState
 
+GPT2, LLAMA = (dataclasses.replace(MODELS[name], num_layers=1) for name in ("gpt2", "llama"))
 P, R = 5, 20  # R is more than a chunk of 16 logits
 CONFIG = PPOConfig(
-    batch_size=8, prompt_length=P, response_length=R, num_epochs=2, num_minibatches=2, lr=1e-2, kl_coef=0.01, kl_target=2.0, kl_horizon=40.0
+    batch_size=16,
+    prompt_length=P,
+    response_length=R,
+    num_epochs=2,
+    num_minibatches=2,
+    lr=2e-2,
+    kl_coef=0.01,
+    kl_target=2.0,
+    kl_horizon=80.0,
 )
+LOSS_CONFIG = dataclasses.replace(CONFIG, vf_coef=0.3, ent_coef=0.05)
 PROMPT_SIZES = (5, 1, 3, 4, 2, 5)
 LENGTHS = (R, 1, 0, 7, R - 1, 2)  # full, EOS first, nothing at all, ...
 
@@ -54,28 +64,29 @@ def close(actual, expected, scale: float = 1.0) -> None:
 # Acting and learning compute the same thing.
 
 
-def act_and_look_back(rng, key, model, sampling, look_back=None):
-    """The first minibatch's metrics: a rollout of `sampling`, seen with the same parameters by `look_back`."""
-    config = dataclasses.replace(CONFIG, num_minibatches=1, num_epochs=1)
+@functools.cache
+def loss_of(model, config: PPOConfig, sampling):
+    """(parameters, experience) to (loss, metrics), compiled once for all tests."""
+    return jax.jit(lambda params, batch: ppo_loss(params, ActorCritic(model), batch, config, sampling))
+
+
+def fresh_rollout(rng, key, model, sampling):
+    """(parameters, what they sampled, with advantages and returns of one)."""
     params, prompts = random_params(rng, model), left_padded(rng, PROMPT_SIZES, P)
     rollout = jax.jit(partial(generate, ActorCritic(model), sampling=sampling))(params, prompts, key)
     ones = jnp.ones_like(rollout.logprobs)
-    batch = Experience(**vars(rollout), advantages=ones, returns=ones)
-    return look_back_at(params, model, batch, config, look_back or sampling), (params, model, batch, config)
-
-
-def look_back_at(params, model, batch, config, sampling):
-    loss = jax.jit(lambda params: ppo_loss(params, ActorCritic(model), batch, config, sampling))
-    return jax.device_get(loss(params)[1])
+    return params, Experience(**vars(rollout), advantages=ones, returns=ones)
 
 
 LEARNED_COLD = SamplingConfig(R, (1, 2), PAD, temperature=0.7)
 ROTARY_HOT = SamplingConfig(R, tuple(range(1, 9)), PAD, temperature=1.3, min_new_tokens=3)
 
 
-@pytest.mark.parametrize(("model", "sampling"), [(GPT2, LEARNED_COLD), (LLAMA, ROTARY_HOT)], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("model", "sampling"), [(MODELS["gpt2"], LEARNED_COLD), (MODELS["llama"], ROTARY_HOT)], ids=["gpt2", "llama"]
+)
 def test_the_ratio_of_a_fresh_rollout_is_one(model, sampling, rng, key):
-    metrics, _ = act_and_look_back(rng, key, model, sampling)
+    _, metrics = loss_of(model, CONFIG, sampling)(*fresh_rollout(rng, key, model, sampling))
     assert 0 <= metrics["policy/ratio_dev"] <= 1e-4
     assert abs(metrics["policy/approx_kl"]) <= 1e-8
     assert metrics["policy/clip_frac"] == 0
@@ -84,24 +95,30 @@ def test_the_ratio_of_a_fresh_rollout_is_one(model, sampling, rng, key):
 
 
 def test_the_ratio_tells_of_wrong_positions_masks_and_temperatures(rng, key, monkeypatch):
-    metrics, (params, model, batch, config) = act_and_look_back(rng, key, GPT2, LEARNED_COLD)
-    assert metrics["policy/ratio_dev"] <= 1e-4
+    model = GPT2
+    params, batch = fresh_rollout(rng, key, model, LEARNED_COLD)
     positions_of, causal_mask = ppo.positions_of, ppo.causal_mask
     defects = {
-        "positions of slots": ("positions_of", lambda mask: positions_of(jnp.ones_like(mask))),
-        "positions from one": ("positions_of", lambda mask: positions_of(mask) + 1),
-        "padding is seen": ("causal_mask", lambda mask: causal_mask(jnp.ones_like(mask))),
-        "one token is not seen": ("causal_mask", lambda mask: causal_mask(mask.at[:, P - 1].set(False))),
+        "none": {},
+        "positions of slots": {"positions_of": lambda mask: positions_of(jnp.ones_like(mask))},
+        "positions from one": {"positions_of": lambda mask: positions_of(mask) + 1},
+        "padding is seen": {"causal_mask": lambda mask: causal_mask(jnp.ones_like(mask))},
+        "a token is not seen": {"causal_mask": lambda mask: causal_mask(mask.at[:, P - 1].set(False))},
+        "temperature": {"sampling": dataclasses.replace(LEARNED_COLD, temperature=0.75)},
+        "forbidden tokens": {"sampling": SamplingConfig(R, tuple(range(9)), PAD, 0.7, min_new_tokens=R)},
     }
-    for defect, (name, function) in defects.items():
+
+    def looked_at(sampling=LEARNED_COLD, **functions):
         with monkeypatch.context() as patch:
-            patch.setattr(ppo, name, function)
-            broken = look_back_at(params, model, batch, config, LEARNED_COLD)
-        assert broken["policy/ratio_dev"] > 1e-2, defect
-        assert broken["policy/approx_kl"] > 1e-5, defect
-    for changes in ({"temperature": 0.75}, {"min_new_tokens": R}):
-        broken = look_back_at(params, model, batch, config, dataclasses.replace(LEARNED_COLD, **changes))
-        assert broken["policy/ratio_dev"] > 1e-2, changes
+            for name, function in functions.items():
+                patch.setattr(ppo, name, function)
+            return ppo_loss(params, ActorCritic(model), batch, CONFIG, sampling)[1]
+
+    metrics = jax.jit(lambda: {name: looked_at(**defect) for name, defect in defects.items()})()
+    assert metrics["none"]["policy/ratio_dev"] <= 1e-4
+    for name in list(defects)[1:]:
+        assert metrics[name]["policy/ratio_dev"] > 1e-2, name
+        assert metrics[name]["policy/approx_kl"] > 1e-6, name
 
 
 # Targets.
@@ -116,9 +133,14 @@ def shaped(rng, config: PPOConfig, lengths=LENGTHS, sampling=LEARNED_COLD):
     return experience, metrics, (model, params, rollout, scores, config, sampling)
 
 
+@functools.cache
+def targets_of(model, config: PPOConfig, sampling):
+    """`make_experience`, compiled once for all tests."""
+    return jax.jit(partial(make_experience, ActorCritic(model), config=config, sampling=sampling))
+
+
 def targets(model, params, rollout, scores, config, sampling, kl_coef=0.3):
-    make = jax.jit(partial(make_experience, ActorCritic(model), config=config, sampling=sampling))
-    return jax.device_get(make(params, rollout, scores, jnp.float32(kl_coef)))
+    return jax.device_get(targets_of(model, config, sampling)(params, rollout, scores, jnp.float32(kl_coef)))
 
 
 def oracle_targets(model, params, rollout, scores, config, sampling, kl_coef=0.3):
@@ -203,8 +225,8 @@ def test_a_batch_of_empty_responses_gives_zeros_and_no_nan(rng):
     assert np.all(experience.advantages == 0)
     assert all(np.isfinite(x) for x in metrics.values())
     params = random_params(rng, model)
-    loss = jax.jit(jax.value_and_grad(lambda p: ppo_loss(p, ActorCritic(model), experience, CONFIG, LEARNED_COLD)[0]))
-    value, gradient = loss(params)
+    loss = loss_of(model, LOSS_CONFIG, LEARNED_COLD)
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, jax.device_put(experience))
     assert value == 0
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
 
@@ -233,18 +255,22 @@ def test_what_lies_beyond_the_end_of_a_response_changes_no_target(rng):
 
 
 def experience_of(rng, params, model, lengths=LENGTHS, sampling=LEARNED_COLD) -> Experience:
-    """An experience whose ratios under these parameters are between 0.6 and 1.7, none at a clip boundary."""
+    """An experience whose ratios under these parameters are between 0.5 and 1.8, none near a clip boundary."""
     rollout = random_rollout(rng, PROMPT_SIZES, lengths, P, R)
     logits, values = full_pass(model, params, rollout)
     mask, new = np.asarray(rollout.response_mask), taken(policy_logprobs(logits, sampling), rollout)
     new = np.where(np.isfinite(new), new, -3.0)
 
     def away(x, boundary):
-        near = np.abs(np.abs(x) - boundary) < 0.03
+        near = np.abs(np.abs(x) - boundary) < 0.1
         return np.where(near, 0.0, x)
 
-    ratio = 1 + away(rng.uniform(-0.4, 0.7, mask.shape), 0.2)
-    move = away(rng.uniform(-0.5, 0.5, mask.shape), 0.2)
+    ratio = 1 + away(rng.uniform(-0.5, 0.8, mask.shape), 0.2)
+    move = away(rng.uniform(-0.6, 0.6, mask.shape), 0.2)
+    # The value loss has a second kink, where the return is as far from the value as from its clipped move.
+    clipped_by = move - np.clip(move, -0.2, 0.2)
+    error = rng.normal(size=mask.shape)
+    error = np.where(np.abs(error - clipped_by / 2) < 0.1, 1.0, error)
     masked = partial(np.where, mask)
     return Experience(
         tokens=rollout.tokens,
@@ -252,11 +278,10 @@ def experience_of(rng, params, model, lengths=LENGTHS, sampling=LEARNED_COLD) ->
         logprobs=jnp.asarray(masked(new - np.log(ratio), 0), jnp.float32),
         values=jnp.asarray(masked(values - move, 0), jnp.float32),
         advantages=jnp.asarray(masked(rng.normal(size=mask.shape), 0), jnp.float32),
-        returns=jnp.asarray(masked(values + rng.normal(size=mask.shape), 0), jnp.float32),
+        returns=jnp.asarray(masked(values - error, 0), jnp.float32),
     )
 
 
-LOSS_CONFIG = dataclasses.replace(CONFIG, vf_coef=0.3, ent_coef=0.05)
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -268,7 +293,7 @@ def test_loss_equals_its_parts_from_full_logits(model, rng):
     batch = batch.replace(tokens=jnp.where(batch.tokens == V - 1, 3, batch.tokens))
     logits, values = full_pass(model, params, batch)
     policy, mask = policy_logprobs(logits, sampling), batch.response_mask
-    entropies = np.array([[-math.fsum(math.exp(x) * x for x in row if x > -math.inf) for row in rows] for rows in policy])
+    entropies = -np.sum(np.exp(policy) * np.where(np.isfinite(policy), policy, 0), -1)
     policy_loss, policy_metrics, _ = oracles.clipped_policy_loss(
         taken(policy, batch), batch.logprobs, batch.advantages, mask, 0.2
     )
@@ -280,7 +305,7 @@ def test_loss_equals_its_parts_from_full_logits(model, rng):
         "value/loss": value_loss,
         "value/clip_frac": value_clip_frac,
     }
-    loss, metrics = jax.jit(lambda p: ppo_loss(p, ActorCritic(model), batch, LOSS_CONFIG, sampling))(params)
+    loss, metrics = loss_of(model, LOSS_CONFIG, sampling)(params, batch)
     close(loss, policy_loss + 0.3 * value_loss - 0.05 * entropy, 10)
     assert metrics.keys() == expected.keys()
     for name in expected:
@@ -291,25 +316,24 @@ def test_loss_equals_its_parts_from_full_logits(model, rng):
 def test_the_gradient_of_the_loss_is_its_slope(rng):
     params = random_params(rng, LLAMA)
     batch = experience_of(rng, params, LLAMA)
-    loss = jax.jit(lambda p: ppo_loss(p, ActorCritic(LLAMA), batch, LOSS_CONFIG, LEARNED_COLD)[0])
+    loss = loss_of(LLAMA, LOSS_CONFIG, LEARNED_COLD)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    gradient = np.asarray(jax.flatten_util.ravel_pytree(jax.grad(loss)(params))[0], np.float64)
+    gradient, _ = jax.jit(jax.grad(loss, has_aux=True))(params, batch)
+    gradient = np.asarray(jax.flatten_util.ravel_pytree(gradient)[0], np.float64)
     size = np.linalg.norm(gradient)
     assert size > 1e-2
 
-    def slope(direction, step):
-        """Central differences at two steps, extrapolated: what is left is of fourth order in the step."""
-
-        def central(step):
-            up, down = (float(loss(unravel(flat + jnp.asarray(s * direction, jnp.float32)))) for s in (step, -step))
-            return (up - down) / (2 * step)
-
-        return (4 * central(step / 2) - central(step)) / 3
+    def central(direction, step):
+        ends = (flat + jnp.asarray(sign * step * direction, jnp.float32) for sign in (1, -1))
+        up, down = (float(loss(unravel(end), batch)[0]) for end in ends)
+        return (up - down) / (2 * step)
 
     random = rng.normal(size=gradient.shape)
     for direction in (gradient / size, random / np.linalg.norm(random)):
-        # Rounding of the loss, 1e-7 times 10, over the step: 1e-4; half that step in logprobs crosses no clip boundary.
-        assert abs(slope(direction, 1e-2) - gradient @ direction) < 1e-3 * (1 + size)
+        # Extrapolated from two steps, so that what is left is of fourth order. A loss of about 1 is rounded by 1e-7 a
+        # few times, which the step divides into some 1e-3; no ratio moves so far that it meets its clip boundary.
+        slope = (4 * central(direction, 1e-3) - central(direction, 2e-3)) / 3
+        assert abs(slope - gradient @ direction) < 5e-3 * (1 + size)
 
 
 def test_only_the_sampled_tokens_and_their_past_matter_to_the_loss(rng):
@@ -323,8 +347,8 @@ def test_only_the_sampled_tokens_and_their_past_matter_to_the_loss(rng):
     names = ("logprobs", "values", "advantages", "returns")
     other = batch.replace(**{name: garbage(getattr(batch, name)) for name in names})
     tokens = np.where(batch.mask, batch.tokens, rng.integers(0, V, batch.tokens.shape)).astype(np.int32)
-    both = jax.jit(lambda p, *batches: [ppo_loss(p, ActorCritic(LLAMA), b, LOSS_CONFIG, LEARNED_COLD) for b in batches])
-    chex.assert_trees_all_equal(*both(params, batch, other.replace(tokens=jnp.asarray(tokens))))
+    loss = loss_of(LLAMA, LOSS_CONFIG, LEARNED_COLD)
+    chex.assert_trees_all_equal(loss(params, batch), loss(params, other.replace(tokens=jnp.asarray(tokens))))
 
 
 # The update: a model of one table, so that it compiles at once, that notes the rows that it learns from.
@@ -350,15 +374,19 @@ class Bigram:
         return hidden @ params["values"]
 
 
-def bigram_update(experience, key, config, params=None):
-    """(new parameters, metrics, minibatches as lists of row numbers) of one `update` by plain gradient steps."""
+def bigram_update(config: PPOConfig):
+    """(experience, key[, parameters]) to (new parameters, metrics, minibatches as lists of row numbers)."""
     model, tx = Bigram(), optax.sgd(config.lr)
-    params = params or {"table": jnp.zeros((V, V)), "values": jnp.zeros(V)}
     shardings = SimpleNamespace(batch=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    run = jax.jit(partial(update, model, tx, config=config, sampling=LEARNED_COLD, shardings=shardings))
-    params, _, metrics = run(params, tx.init(params), experience, key)
-    jax.effects_barrier()
-    return params, jax.device_get(metrics), model.batches
+    compiled = jax.jit(partial(update, model, tx, config=config, sampling=LEARNED_COLD, shardings=shardings))
+
+    def run(experience, key, params=None):
+        params = params or {"table": jnp.zeros((V, V)), "values": jnp.zeros(V)}
+        params, _, metrics = compiled(params, tx.init(params), experience, key)
+        jax.effects_barrier()
+        return params, jax.device_get(metrics), model.batches
+
+    return run
 
 
 def numbered_experience(rng, batch: int) -> Experience:
@@ -377,9 +405,9 @@ def numbered_experience(rng, batch: int) -> Experience:
 @pytest.mark.parametrize(("num_epochs", "num_minibatches"), [(3, 4), (2, 1), (1, 12)])
 def test_every_epoch_sees_every_row_once_in_a_new_order(num_epochs, num_minibatches, rng, key):
     config = dataclasses.replace(CONFIG, batch_size=12, num_epochs=num_epochs, num_minibatches=num_minibatches)
-    _, _, batches = bigram_update(numbered_experience(rng, 12), key, config)
+    _, _, batches = bigram_update(config)(numbered_experience(rng, 12), key)
     assert [len(batch) for batch in batches] == [12 // num_minibatches] * (num_epochs * num_minibatches)
-    orders = [sum(batches[i : i + num_minibatches], []) for i in range(0, len(batches), num_minibatches)]
+    orders = np.array(batches).reshape(num_epochs, 12).tolist()
     assert all(sorted(order) == list(range(12)) for order in orders)
     # 12! orders: two are equal, or one is the identity, once in 10^8 runs.
     assert len({tuple(order) for order in [*orders, range(12)]}) == num_epochs + 1
@@ -389,9 +417,10 @@ def test_metrics_of_an_update_are_means_over_its_steps_but_for_the_first_and_the
     config = dataclasses.replace(CONFIG, batch_size=4, num_epochs=1, num_minibatches=1, lr=5.0)
     experience = numbered_experience(rng, 4)
     first, second, both = jax.random.split(key, 3)
-    params, one, _ = bigram_update(experience, first, config)
-    _, two, _ = bigram_update(experience, second, config, params)
-    _, metrics, _ = bigram_update(experience, both, dataclasses.replace(config, num_epochs=2))
+    step = bigram_update(config)
+    params, one, _ = step(experience, first)
+    _, two, _ = step(experience, second, params)
+    _, metrics, _ = bigram_update(dataclasses.replace(config, num_epochs=2))(experience, both)
     assert abs(one["policy/first_ratio_dev"]) < 1e-5
     assert abs(one["policy/first_approx_kl"]) < 1e-8
     assert two["policy/first_ratio_dev"] > 0.1
@@ -408,7 +437,7 @@ def test_metrics_of_an_update_are_means_over_its_steps_but_for_the_first_and_the
 def test_an_update_is_so_many_gradient_steps_of_the_loss(rng, key):
     config = dataclasses.replace(CONFIG, batch_size=4, num_epochs=3, num_minibatches=1, lr=0.5)
     experience, model = numbered_experience(rng, 4), Bigram()
-    params, _, _ = bigram_update(experience, key, config)
+    params, _, _ = bigram_update(config)(experience, key)
     grad = jax.jit(jax.grad(lambda p: ppo_loss(p, model, experience, config, LEARNED_COLD)[0]))
     expected = {"table": jnp.zeros((V, V)), "values": jnp.zeros(V)}
     for _ in range(3):
@@ -421,7 +450,7 @@ def test_an_update_is_so_many_gradient_steps_of_the_loss(rng, key):
 
 CHANGES = {
     "optimizer": {
-        "lr": 2e-2, "lr_schedule": "cosine", "warmup_iterations": 3, "adam_b1": 0.5, "adam_b2": 0.5, "adam_eps": 1e-1,
+        "lr": 1e-3, "lr_schedule": "cosine", "warmup_iterations": 3, "adam_b1": 0.5, "adam_b2": 0.5, "adam_eps": 1e-1,
         "weight_decay": 0.1, "max_grad_norm": 0.1,
     },
     "targets": {"gamma": 0.9, "gae_lambda": 0.5, "whiten_advantages": False, "kl_estimator": "k2"},
@@ -429,7 +458,7 @@ CHANGES = {
     "update": {"num_epochs": 3, "num_minibatches": 4},
     "policy": {"temperature": 0.5, "min_new_tokens": 4},
     # Sizes, and the KL coefficient with its rule: see the tests of the whole iteration below.
-    "elsewhere": dict.fromkeys(("batch_size", "prompt_length", "response_length", "kl_coef", "kl_target", "kl_horizon")),
+    "elsewhere": dict.fromkeys("batch_size prompt_length response_length kl_coef kl_target kl_horizon".split()),
 }  # fmt: skip
 
 
@@ -451,10 +480,11 @@ def assert_all_differ(results: dict[str, object]) -> None:
 
 def test_every_setting_of_the_optimizer_changes_its_steps(rng):
     params = {"matrix": jnp.asarray(rng.normal(size=(3, 2))), "vector": jnp.ones(2)}
-    grads = [jax.tree.map(lambda x, size=size: jnp.asarray(size * rng.normal(size=x.shape)), params) for size in (1, 3, 0.1)]
+    grads = [jax.tree.map(lambda x, s=s: jnp.asarray(s * rng.normal(size=x.shape)), params) for s in (1.0, 3.0, 0.1)]
+    model_params = random_params(rng, GPT2)
 
     def steps(config):
-        tx, moved = make_bench(random_params(rng, GPT2), GPT2, config).tx, params
+        tx, moved = make_bench(model_params, GPT2, config, num_iterations=10).tx, params
         opt_state = tx.init(params)
         for grad in grads:
             updates, opt_state = tx.update(grad, opt_state, moved)
@@ -471,7 +501,8 @@ def test_every_setting_of_the_targets_changes_them(rng):
     @jax.jit
     def all_targets():
         def of(config):
-            made, _ = make_experience(ActorCritic(model), params, rollout, scores, jnp.float32(0.3), config, LEARNED_COLD)
+            given = params, rollout, scores, jnp.float32(0.3), config, LEARNED_COLD
+            made, _ = make_experience(ActorCritic(model), *given)
             return made.advantages, made.returns
 
         return {name: of(config) for name, config in variants("targets", CONFIG).items()}
@@ -494,7 +525,7 @@ def test_every_setting_of_the_loss_changes_it(rng):
 def test_every_setting_of_the_update_changes_the_parameters(rng, key):
     experience = numbered_experience(rng, 8)
     configs = variants("update", dataclasses.replace(CONFIG, lr=0.5)).items()
-    assert_all_differ({name: bigram_update(experience, jax.random.clone(key), config)[0] for name, config in configs})
+    assert_all_differ({name: bigram_update(config)(experience, jax.random.clone(key))[0] for name, config in configs})
 
 
 def test_every_setting_of_the_policy_changes_its_logprobs(rng):
@@ -517,7 +548,7 @@ def test_an_infinite_value_clip_turns_it_off(rng):
     params = random_params(rng, LLAMA)
     batch = experience_of(rng, params, LLAMA)
     config = dataclasses.replace(CONFIG, value_clip_eps=math.inf)
-    metrics = look_back_at(params, LLAMA, batch, config, LEARNED_COLD)
+    _, metrics = loss_of(LLAMA, config, LEARNED_COLD)(params, batch)
     values, mask = full_pass(LLAMA, params, batch)[1], np.asarray(batch.response_mask)
     assert metrics["value/clip_frac"] == 0
     close(metrics["value/loss"], 0.5 * np.mean((values - np.asarray(batch.returns))[mask] ** 2), 10)
@@ -529,7 +560,7 @@ def test_an_infinite_value_clip_turns_it_off(rng):
 @pytest.fixture(scope="module")
 def bench():
     """A train step whose score is a share of tokens; the parameters are the same in each run."""
-    return make_bench(random_params(np.random.default_rng(1), LLAMA), LLAMA, CONFIG, score=token_set_score)
+    return make_bench(random_params(np.random.default_rng(1), LLAMA, scale=0.1), LLAMA, CONFIG, score=token_set_score)
 
 
 @pytest.fixture(scope="module")
@@ -556,8 +587,8 @@ def numbers(state: TrainState):
 def test_a_policy_learns_what_is_rewarded(bench, program):
     _, history = run(bench, program, 16)
     scores = [metrics["objective/score"] for metrics, _, _ in history]
-    assert np.mean(scores[:2]) < 0.5
-    assert np.mean(scores[-2:]) > 0.85
+    assert np.mean(scores[:2]) < 0.55
+    assert np.mean(scores[-2:]) > 0.75
     assert all(0 <= metrics["policy/first_ratio_dev"] <= 1e-4 for metrics, _, _ in history)
     assert all(abs(metrics["policy/first_approx_kl"]) <= 1e-8 for metrics, _, _ in history)
     assert all(np.isfinite(x) for metrics, _, _ in history for x in metrics.values())
@@ -596,7 +627,8 @@ def test_score_on_the_host_gives_the_iteration_of_the_single_program(bench, prog
 
 
 def assert_trees_close_but_for_few(actual, expected, atol: float) -> None:
-    far = [np.abs(a - np.asarray(b)) > atol for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)]
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    far = [np.abs(a - np.asarray(b)) > atol for a, b in pairs]
     assert sum(x.sum() for x in far) <= 1e-3 * sum(x.size for x in far)
 
 
@@ -619,7 +651,7 @@ def test_the_state_is_donated_and_the_reference_is_not_touched(bench, program):
 def test_a_new_state_of_the_same_tree_comes_out(bench, program):
     state = bench.state()
     expected = jax.eval_shape(lambda: state)
-    key = jax.random.key_data(state.key)
+    key = np.array(jax.random.key_data(state.key))
     new_state, *_ = program(state, bench.reference(), bench.prompts(np.random.default_rng(0)))
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, expected)
     np.testing.assert_array_equal(jax.random.key_data(new_state.key), key)
@@ -633,19 +665,20 @@ def test_each_iteration_acts_with_a_key_of_its_own(bench):
 
 
 def test_the_adaptive_kl_coefficient_follows_its_formula(bench, program):
-    # kl_target 2 nats, horizon 40 sequences, 8 sequences an iteration: at most 4 % up or down.
+    # kl_target 2 nats, horizon 80 sequences, 16 sequences an iteration: at most 4 % up or down.
     state, history = run(bench, program, 6)
     coefficients = [metrics["objective/kl_coef"] for metrics, _, _ in history] + [state.kl_coef]
     assert coefficients[0] == np.float32(CONFIG.kl_coef)
-    for (metrics, _, _), before, after in zip(history, coefficients, coefficients[1:], strict=True):
+    for (metrics, _, _), before, after in zip(history, coefficients[:-1], coefficients[1:], strict=True):
         error = min(max(metrics["objective/kl"] / 2.0 - 1, -0.2), 0.2)
-        np.testing.assert_allclose(after, before * (1 + error * 8 / 40), rtol=1e-6)
+        np.testing.assert_allclose(after, before * (1 + error * 16 / 80), rtol=1e-6)
     assert coefficients[1] < coefficients[0]  # no divergence at first
     assert coefficients[-1] > coefficients[-2]  # too much at last
 
 
 def test_no_array_holds_the_logits_of_all_response_tokens(program):
-    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(rf"\[([\d,]*\b{V}\b[\d,]*)\]", program.as_text())]
+    shapes = re.findall(rf"\[([\d,]*\b{V}\b[\d,]*)\]", program.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     minibatch, chunk = CONFIG.batch_size // CONFIG.num_minibatches, 16
     assert max(sizes) == minibatch * chunk * V < minibatch * R * V
 

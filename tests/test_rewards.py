@@ -231,6 +231,12 @@ def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, tokenizer)
 # By name
 
 
+@pytest.fixture(autouse=True)
+def module_path(monkeypatch):
+    """Where modules are found, as it was, after each test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.fixture
 def reward_file(tmp_path):
     path = tmp_path / "my_rewards.py"
@@ -269,6 +275,15 @@ def test_a_file_named_as_a_module_of_python_does_not_replace_it(tmp_path, tokeni
     reward, _ = load_reward(f"{tmp_path / 'json.py'}:judge", tokenizer)
     assert reward(["a"], ["b"]) == [1.0]
     assert hasattr(sys.modules["json"], "dumps")
+
+
+def test_a_file_finds_its_neighbours(tmp_path, tokenizer):
+    (tmp_path / "my_neighbour.py").write_text("WEIGHT = 3.0\n")
+    (tmp_path / "mine.py").write_text(
+        "from my_neighbour import WEIGHT\n\ndef judge(prompts, completions, **columns):\n    return [WEIGHT]\n"
+    )
+    assert load_reward(f"{tmp_path / 'mine.py'}:judge", tokenizer)[0](["a"], ["b"]) == [3.0]
+    sys.modules.pop("my_neighbour")
 
 
 def test_a_function_in_a_module(tokenizer):

@@ -91,7 +91,7 @@ def test_draws_have_the_distribution_of_softmax(name, rng, key):
 
 
 def test_the_rare_and_the_impossible_are_told_apart(key):
-    # 1000 tokens share 2 % of the mass, 2e-5 each: some 200 of 10000 draws, half of them before the peak, half after it.
+    # 1000 tokens share 2 % of the mass, 2e-5 each: some 200 of 10000 draws, half of them before the peak.
     logits = np.full(1001, math.log(0.02 / 1000))
     logits[500] = math.log(0.98)
     counts = count_draws(key, logits, block=128, batches=10)
@@ -292,7 +292,7 @@ def test_one_trace_serves_every_prompt_and_key_and_equal_keys_give_equal_rollout
 def test_more_tokens_than_positions_are_refused(rng, key):
     config = dataclasses.replace(GPT2, max_positions=14)
     params, prompts = random_params(rng, config), left_padded(rng, SIZES, 5)
-    with pytest.raises(InputError, match="got 15 tokens .* at most the model's 14 positions"):
+    with pytest.raises(InputError, match=r"got 15 tokens .* at most the model's 14 positions"):
         jax.eval_shape(sampled(config, SAMPLINGS["plain"]), params, prompts, key)
     jax.eval_shape(sampled(config, SamplingConfig(9, (1,), PAD)), params, prompts, key)
 
@@ -301,9 +301,9 @@ def test_more_tokens_than_positions_are_refused(rng, key):
 
 
 class Scripted:
-    """Stands for an `ActorCritic`: row b answers with `script[b]`, is certain of it, and values its t-th state 10 b + t + 1.
+    """Stands for an `ActorCritic`: row b answers with `script[b]`, and values its t-th state 10 b + t + 1.
 
-    It reads nothing but positions, and counts how often its trunk runs.
+    It is certain of every token, reads nothing but positions, and notes each pass of its trunk.
     """
 
     config = dataclasses.replace(GPT2, num_layers=1)

@@ -78,19 +78,20 @@ def load_config(folder: str | pathlib.Path, dtype: str = "float32", param_dtype:
 
 
 def load_eos_ids(folder: str | pathlib.Path) -> tuple[int, ...]:
-    """The tokens that `generation_config.json` lets end a text, by id; none when there is no such file or entry.
+    """The tokens that end a text, by id: as `generation_config.json` says, or else `config.json`; () if neither does.
 
     Raises:
-        HubError: the file is malformed.
+        HubError: a file is malformed.
     """
-    path = _existing(folder) / "generation_config.json"
-    if not path.exists():
-        return ()
-    ids = configs.read_json(path).get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise HubError(f"{path}: eos_token_id {ids!r}: expected an id or a list of ids")
-    return tuple(ids)
+    for name in ("generation_config.json", "config.json"):
+        path = _existing(folder) / name
+        ids = configs.read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise HubError(f"{path}: eos_token_id {ids!r}: expected an id or a list of ids")
+            return tuple(ids)
+    return ()
 
 
 def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
