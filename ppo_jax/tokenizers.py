@@ -32,8 +32,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TokenizerError(f"tokenizer: cannot load one from {folder}: {reason}") from error
+        raise TokenizerError(f"tokenizer: cannot load one from {folder}: {_reason(error)}") from error
 
 
 def special_tokens(
@@ -74,6 +73,10 @@ def special_tokens(
     return SpecialTokens(pad_id=int(tokenizer.pad_token_id), eos_ids=tuple(eos_ids))
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
     if token not in tokenizer.get_vocab():
         raise TokenizerError(f"config.{name}: got {token!r}, expected a token of the tokenizer's vocabulary")
@@ -100,7 +103,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
         TokenizerError: chat messages for a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        try:
+            ids = tokenizer(prompt)["input_ids"]
+        except (TypeError, UnicodeError) as error:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
+            raise TokenizerError(f"tokenizer: cannot encode {prompt[:60]!r}: {_reason(error)}") from error
         # Some tokenizers append EOS to everything; a prompt that ends with it has no response.
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
     return list(tokenizer(render_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"])
@@ -120,9 +126,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what its author wrote
-        raise TokenizerError(
-            f"tokenizer: its chat template refuses {messages!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise TokenizerError(f"tokenizer: its chat template refuses {messages!r}: {_reason(error)}") from error
 
 
 def decode_responses(
