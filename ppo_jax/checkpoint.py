@@ -26,7 +26,9 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        # The handler is named, so that a new process can read the tree of what an earlier one saved.
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler)
 
     def save(self, state: TrainState) -> None:
         """Saves under `state.step`; a step that is there already is left as it is."""

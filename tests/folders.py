@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app
 from absl.testing import flagsaver
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -30,10 +31,13 @@ GOOD = ("good", "fine", "great", "kind")
 BAD = ("bad", "dull", "poor", "rude")
 WORDS = (*GOOD, *BAD, "the", "a", "cat", "dog", "old", "film", "was", "is", "and", "very", "sat", "here", ".", ",")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} . {% endfor %}{% if add_generation_prompt %}bot :{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} . {% endfor %}"
+    "{% if add_generation_prompt %}bot :{% endif %}"
+)
 
 # Rewards as a user writes them, in a file of its own. `count_good` and `score_good` judge alike.
-REWARDS = '''
+REWARDS = """
 import time
 
 import jax.numpy as jnp
@@ -69,10 +73,12 @@ def raises(prompts, completions, **columns):
 
 def score_nan(tokenizer):
     return lambda rollout: jnp.where(rollout.tokens[:, 0] >= 0, jnp.nan, 0.0)
-'''
+"""
 
 
-def word_tokenizer(words: Iterable[str] = WORDS, special: dict[str, str] | None = None, bos: bool = True) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    words: Iterable[str] = WORDS, special: dict[str, str] | None = None, bos: bool = True
+) -> PreTrainedTokenizerFast:
     """One token a word, with Llama's conventions: a space belongs to the word after it, `<s>` stands in front.
 
     Args:
@@ -99,8 +105,8 @@ def llama_config(vocab_size: int, **changes: Any) -> ModelConfig:
 def gpt2_config(vocab_size: int, **changes: Any) -> ModelConfig:
     """A GPT-2 of one layer and width 16."""
     family = dict(
-        positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True, mlp_bias=True,
-        tie_embeddings=True,
+        positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True,
+        mlp_bias=True,
     )  # fmt: skip
     return llama_config(vocab_size, **(family | changes))
 
@@ -163,6 +169,7 @@ def call_script(script: Any, kind: type, arguments: Sequence[str], capsys: Any) 
     Flags and the module path are global and are put back as they were; so is the precision, which `launch` sets.
     """
     capsys.readouterr()
+    app.define_help_flags()  # once a process, so before the flags are noted down
     sys.modules.pop("config_config", None)  # where ml_collections keeps the file of the last start, and would add to it
     saved, precision = flagsaver.save_flag_values(), jax.config.jax_default_matmul_precision
     argv, path = sys.argv, list(sys.path)
@@ -208,8 +215,9 @@ class World(NamedTuple):
         fields = {
             "model": self.model, "prompts": self.prompts, "reward": f"{in_program}{self.rewards}:{reward}",
             "num_iterations": 4, "checkpoint_every": 2, "samples_every": 2, "num_samples": 2, "eval_prompts": 8,
-            "mesh.data": 1, "kl_limit": 0.0, "long_prompts": "drop", "ppo.batch_size": 8, "ppo.prompt_length": 8, "ppo.response_length": 6, "ppo.num_epochs": 2,
-            "ppo.num_minibatches": 2, "ppo.lr": 0.01, "ppo.kl_coef": 0.01,
+            "mesh.data": 1, "kl_limit": 0.0, "long_prompts": "drop", "ppo.batch_size": 8, "ppo.prompt_length": 8,
+            "ppo.response_length": 6, "ppo.num_epochs": 2, "ppo.num_minibatches": 2, "ppo.lr": 0.01,
+            "ppo.kl_coef": 0.01,
         }  # fmt: skip
         config = ROOT / "experiments" / "configs" / "ppo_sentiment.py"
         return [f"--config={config}", *(f"--config.{name}={value}" for name, value in fields.items()), *changes]
@@ -234,13 +242,16 @@ def remember_programs(prepare: Any) -> Any:
     def prepared(settings: Any) -> Any:
         setup = prepare(settings)
         if hasattr(setup, "sampling"):
-            reward = settings.reward if setup.step.iterate else ""
             rate = settings.ppo.lr_schedule == "constant" or settings.num_iterations
-            key = (setup.model, setup.sampling, settings.ppo, settings.mesh, reward, rate)
+            key = (setup.model, setup.sampling, settings.ppo, settings.mesh, rate)
         else:
             rate = settings.lr_schedule == "constant" or settings.num_steps
             key = (setup.model, settings.mesh, settings.lr, settings.warmup_steps, settings.weight_decay, rate)
-        return setup._replace(step=known.setdefault(key, setup.step))
+        programs = {}
+        for name, program in setup.step._asdict().items():
+            of_score = settings.reward if name in ("score", "iterate") else ""
+            programs[name] = program and known.setdefault((key, name, of_score), program)
+        return setup._replace(step=type(setup.step)(**programs))
 
     return prepared
 

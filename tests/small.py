@@ -14,7 +14,7 @@ from oracles import log_softmax
 from ppo_jax.config import PPOConfig
 from ppo_jax.models import ActorCritic, ModelConfig
 from ppo_jax.optim import make_optimizer, make_schedule
-from ppo_jax.ppo import TrainStep, init_state, make_train_step
+from ppo_jax.ppo import TrainStep, init_state, make_train_step, policy_sampling
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.types import Params, Prompts, Rollout, TrainState
@@ -144,13 +144,7 @@ def make_bench(
     params: Params, model: ModelConfig, config: PPOConfig, eos_ids=(1,), mesh=(1, 1, 1), score=None, num_iterations=50
 ) -> Bench:
     """The train step of these settings, as the experiments put it together."""
-    sampling = SamplingConfig(
-        max_new_tokens=config.response_length,
-        eos_ids=tuple(eos_ids),
-        pad_id=PAD,
-        temperature=config.temperature,
-        min_new_tokens=config.min_new_tokens,
-    )
+    sampling = policy_sampling(config, tuple(eos_ids), PAD)
     warmup_steps, num_steps = (n * config.updates_per_iteration for n in (config.warmup_iterations, num_iterations))
     schedule = make_schedule(config.lr, config.lr_schedule, warmup_steps, num_steps)
     tx = make_optimizer(
@@ -169,3 +163,8 @@ def token_set_score(rollout: Rollout) -> jax.Array:
     mask = rollout.response_mask
     hits = jnp.sum(mask & (rollout.response_tokens >= 20), axis=1, dtype=jnp.float32)
     return hits / jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+
+def assert_consumed(state: TrainState) -> None:
+    """Parameters and moments were donated: nobody holds two copies of them."""
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))

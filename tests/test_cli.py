@@ -107,13 +107,13 @@ def test_the_shown_values_are_those_of_the_run(call):
     assert "'[b]/[/b]x'" in outcome.out  # never read as markup
 
 
-def test_help_is_help(call):
-    """Flags and what they mean; exit status 0 or 1, as absl has it, but no error."""
-    for flag in ("--help", "--helpshort"):
-        outcome, given = call(flag)
-        assert not given
-        assert "error:" not in outcome.err
-        assert "--workdir" in outcome.out + outcome.err or "--[no]dry_run" in outcome.out + outcome.err
+def test_help_shows_the_flags_of_the_scripts():
+    """In a process: what absl shows depends on the main module."""
+    outcome = folders.run_script("train_ppo.py", ["--help"])
+    assert outcome.status in (0, 1)  # absl's is 1
+    assert outcome.err == ""
+    for flag in ("--config:", "--workdir:", "print_config:", "dry_run:"):
+        assert flag in outcome.out.replace("[no]", "")
 
 
 # What does not
@@ -206,7 +206,7 @@ def test_a_mistake_in_a_configuration_file_is_told(call, config_file, line, told
     outcome, given = call(flag, "--workdir=x")
     error = outcome.error()
     assert told in error
-    assert len(error) < 500, "not a traceback in one line"
+    assert len(error) < 1000, "not a traceback in one line"
     assert not given
 
 
@@ -237,7 +237,7 @@ def test_mistakes_and_missing_files_of_the_work_itself_are_one_line(call, tmp_pa
 
 
 def test_a_process_tells_its_mistake_in_one_line(tmp_path):
-    """The whole way, with everything that libraries print on stderr when they are imported, also where torch is missing."""
+    """The whole way, with all that libraries print on stderr when they are imported, also where torch is missing."""
     sys.stdout.flush()
     outcome = folders.run_script(
         "train_ppo.py",

@@ -41,8 +41,8 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_rows_of_a_jsonl_file(tmp_path):
     path = tmp_path / "rows.jsonl"
-    # Line ends of Windows, blank lines, text beyond ASCII (also a line separator, which ends no line of JSONL), no newline
-    # at the end.
+    # Line ends of Windows, blank lines, text beyond ASCII (also a line separator, which ends no line of
+    # JSONL), no newline at the end.
     path.write_bytes('{"a": 1}\r\n\n   \n{"a": "zwölf\u2028猫"}\n{"a": null, "b": [1, {"c": 2}]}'.encode())
     assert load_rows(str(path)) == [{"a": 1}, {"a": "zwölf\u2028猫"}, {"a": None, "b": [1, {"c": 2}]}]
 
@@ -86,7 +86,9 @@ def test_an_empty_file_is_refused(tmp_path, content):
     assert str(path) in one_line(error)
 
 
-@pytest.mark.parametrize("name", ["nothing.jsonl", "sub/nothing.json", "./nothing", "/no/such/file", "~/no/such/file", ""])
+@pytest.mark.parametrize(
+    "name", ["nothing.jsonl", "sub/nothing.json", "./nothing", "/no/such/file", "~/no/such/file", ""]
+)
 def test_a_missing_file_is_refused_without_asking_the_hub(name, monkeypatch):
     monkeypatch.setattr(data, "_hub_rows", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match="no such file") as error:
@@ -159,14 +161,18 @@ def test_the_prompt_is_the_first_known_column(tokenizer, source):
 
 def test_a_row_without_a_prompt_is_named(tokenizer, source):
     path = source([{"prompt": "the cat"}, {"promt": "a dog", "id": 1}])
-    with pytest.raises(DataError, match="row 2: got columns promt, id, expected one of prompt, messages, text") as error:
+    with pytest.raises(
+        DataError, match="row 2: got columns promt, id, expected one of prompt, messages, text"
+    ) as error:
         load_prompts(path, tokenizer, 0, 4)
     assert path in one_line(error)
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], [], {"role": "user"}, [[{"role": "user"}]]])
 def test_a_prompt_of_another_type_is_named(tokenizer, source, value):
-    with pytest.raises(DataError, match="row 1: column 'prompt': got .*, expected text or a list of chat messages") as error:
+    with pytest.raises(
+        DataError, match=r"row 1: column 'prompt': got .*, expected text or a list of chat messages"
+    ) as error:
         load_prompts(source([{"prompt": value}]), tokenizer, 0, 4)
     one_line(error)
 
@@ -187,7 +193,12 @@ def test_text_that_is_no_unicode_is_refused_with_its_row(tokenizer, tmp_path):
 
 
 # prompt_length is 4 and `<s>` takes a slot: two prompts are too long.
-LONG = [{"prompt": "the cat sat"}, {"prompt": "a very old dog sat here"}, {"prompt": "the"}, {"prompt": "the film was dull ."}]
+LONG = [
+    {"prompt": "the cat sat"},
+    {"prompt": "a very old dog sat here"},
+    {"prompt": "the"},
+    {"prompt": "the film was dull ."},
+]
 
 
 def test_long_prompts_are_dropped_and_counted(tokenizer, source):
@@ -235,11 +246,15 @@ def test_chat_messages_go_through_the_template(source, column):
     assert prompts.texts == [text]
     assert prompts.columns == [{"id": 1}]
     # The template writes every special token that it wants: `<s>` is not put in front a second time.
-    assert tokenizer.convert_ids_to_tokens(prompts.tokens[0][prompts.mask[0]].tolist()) == ["▁" + w for w in text.split()]
+    assert tokenizer.convert_ids_to_tokens(prompts.tokens[0][prompts.mask[0]].tolist()) == [
+        "▁" + w for w in text.split()
+    ]
 
 
 def test_chat_messages_without_a_template_are_refused(tokenizer, source):
-    with pytest.raises(TokenizerError, match="no chat template; expected one for prompts that are chat messages") as error:
+    with pytest.raises(
+        TokenizerError, match="no chat template; expected one for prompts that are chat messages"
+    ) as error:
         load_prompts(source([{"messages": CHAT}]), tokenizer, 0, 16)
     one_line(error)
 
@@ -348,7 +363,7 @@ def test_the_first_of_several_ends_ends_an_example(tokenizer, source):
 @pytest.mark.parametrize("row", [{"txt": "a"}, {"prompt": "a"}, {"text": None}, {"prompt": "a", "completion": 3}, {}])
 def test_an_example_without_its_columns_is_named(tokenizer, special, source, row):
     path = source([{"text": "the"}, row])
-    with pytest.raises(DataError, match="row 2: got columns .*, expected text") as error:
+    with pytest.raises(DataError, match=r"row 2: got columns .*, expected text") as error:
         load_examples(path, tokenizer, special, 4)
     assert path in one_line(error)
 

@@ -203,7 +203,7 @@ def test_a_run_ends_at_the_limit_of_its_kl_and_stays_ended(world, tmp_path, star
     rows = read_jsonl(run / "metrics.jsonl")
     assert len(rows) < 9
     assert [row["objective/kl"] > limit for row in rows] == [False] * (len(rows) - 1) + [True]
-    # Iteration i acts with the policy of i updates: that of the last row is above the limit, and must not be the result.
+    # Iteration i acts with the policy of i updates: that of the last row is above the limit, and is not the result.
     results = json.loads((run / "results.json").read_text())
     assert results["iterations"] < rows[-1]["iteration"]
     assert results["after"]["kl"] <= limit
@@ -290,11 +290,11 @@ REFUSED = {
         lambda root: [f"--config.prompts={write(root / 'l.jsonl', LONG * 3)}"],
         ["all 3 prompts are longer than prompt_length (8 tokens)"],
     ),
-    "minibatches": (lambda root: ["--config.ppo.num_minibatches=3"], ["batch_size: got 8, expected a multiple of num_minib"]),
-    "minibatch on mesh": (lambda root: ["--config.mesh.data=8"], ["got 4, expected a multiple of mesh data x fsdp (8)"]),
+    "minibatches": (lambda root: ["--config.ppo.num_minibatches=3"], ["got 8, expected a multiple of num_minib"]),
+    "mesh of minibatch": (lambda root: ["--config.mesh.data=8"], ["got 4, expected a multiple of", "(8)"]),
     "mesh": (lambda root: ["--config.mesh.tensor=64"], ["1 x 1 x 64", "expected at most 8 devices"]),
     "no mesh": (lambda root: ["--config.mesh.data=-1", "--config.mesh.fsdp=0"], ["fsdp"]),
-    "positions": (lambda root: ["--config.ppo.response_length=25"], ["got 33, expected at most the model's 32 positions"]),
+    "positions": (lambda root: ["--config.ppo.response_length=25"], ["got 33, expected at most", "32 positions"]),
     "no end": (
         lambda root: [f"--config.model={folders.make_folder(root / 'no_end', no_special('pad', 'unk'), eos_ids=())}"],
         ["no EOS token", "config.eos_token"],
@@ -305,7 +305,7 @@ REFUSED = {
     ),
     "unknown end": (lambda root: ["--config.eos_token=<end>"], ["config.eos_token: got '<end>'"]),
     "no tokenizer": (lambda root: [f"--config.model={without_tokenizer(root)}"], ["tokenizer: cannot load one from"]),
-    "larger tokenizer": (lambda root: [f"--config.model={with_larger_tokenizer(root)}"], ["token id", "vocabulary of 14"]),
+    "more tokens": (lambda root: [f"--config.model={with_larger_tokenizer(root)}"], ["token id", "vocabulary of 14"]),
     "pad outside": (lambda root: [f"--config.model={with_pad_outside(root)}"], ["token id 26", "vocabulary of 26"]),
     "no reward": (lambda root: ["--config.reward=vadre"], ["config.reward: got 'vadre', expected one of vader"]),
     "no reward file": (lambda root: ["--config.reward=no.py:judge"], ["there is no file no.py"]),
@@ -337,7 +337,11 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path, start,
 
 @pytest.mark.parametrize(
     ("files", "told"),
-    [({"thesis.tex": ""}, "holds files but no config.json"), ({"config.json": "{"}, "damaged"), ({"config.json": "{}"}, "another")],
+    [
+        ({"thesis.tex": ""}, "holds files but no config.json"),
+        ({"config.json": "{"}, "damaged"),
+        ({"config.json": "{}"}, "another"),
+    ],
     ids=["foreign", "damaged", "another"],
 )
 def test_a_folder_of_something_else_is_left_as_it_is(world, tmp_path, start, files, told):
@@ -381,7 +385,12 @@ def test_a_reward_that_fails_ends_the_run_with_its_prompts(world, tmp_path, star
 
 def test_a_broken_iteration_ends_the_run_before_it_is_saved(world, tmp_path, start, monkeypatch):
     def iterate(setup, state, rows):
-        metrics = {"objective/score": 0.0, "objective/kl": 0.0, "policy/loss": float("nan"), "optim/grad_norm": float("inf")}
+        metrics = {
+            "objective/score": 0.0,
+            "objective/kl": 0.0,
+            "policy/loss": float("nan"),
+            "optim/grad_norm": float("inf"),
+        }
         return state.replace(step=state.step + 1), metrics, None, np.zeros(8)
 
     monkeypatch.setattr(train_ppo, "iterate", iterate)
@@ -404,7 +413,9 @@ BROKEN_SCORES = {
 
 @pytest.mark.parametrize("name", BROKEN_SCORES)
 def test_a_score_in_jax_that_cannot_be_compiled_is_refused(world, tmp_path, start, name):
-    path = write(tmp_path / "broken.py", f"import jax.numpy as jnp\n\ndef make(tokenizer):\n    {BROKEN_SCORES[name]}\n")
+    path = write(
+        tmp_path / "broken.py", f"import jax.numpy as jnp\n\ndef make(tokenizer):\n    {BROKEN_SCORES[name]}\n"
+    )
     error = start(*world.flags(f"--workdir={tmp_path / 'run'}", f"--config.reward=jax:{path}:make")).error()
     assert "config.reward" in error
     assert "broken.py:make" in error
@@ -443,7 +454,7 @@ def test_a_run_goes_on_once_its_reward_works_again(world, tmp_path, start):
 
 
 def test_more_iterations_than_planned_renew_the_results_even_after_a_crash(world, tmp_path, start, monkeypatch):
-    """2 iterations, then 4, of which the end is hit before its results are written: those of the first 2 must not stay."""
+    """2 iterations, then 4, ended before their results are written: the results of the first 2 must not stay."""
     flags = world.flags(f"--workdir={tmp_path / 'run'}", "--config.samples_every=1")
     assert start(*flags, "--config.num_iterations=2").status == 0
     finish = train_ppo.finish
@@ -555,7 +566,9 @@ def test_supervised_training_leaves_what_it_promises(sft, world, tmp_path, start
     assert "lr was 0.05 and is 0.1" in start_sft(*sft, f"--workdir={workdir}", "--config.lr=0.1").error()
     assert folders.contents(workdir) == before
     # The result is a model that PPO starts from.
-    flags = world.flags(f"--config.model={workdir / 'model'}", "--config.ppo.response_length=4", "--config.ppo.prompt_length=12")
+    flags = world.flags(
+        f"--config.model={workdir / 'model'}", "--config.ppo.response_length=4", "--config.ppo.prompt_length=12"
+    )
     assert "1 layers" not in start(*flags, "--config.ppo.batch_size=3", "--workdir=x").error()
 
 
@@ -602,7 +615,9 @@ def test_held_out_rows_without_a_target_are_refused_or_left_out(sft, world, tmp_
     rows = [{"prompt": "the cat sat", "completion": " here"}] * 8
     long = [{"prompt": " ".join(["the"] * 20), "completion": " here"}]
     data, heldout = folders.write_jsonl(tmp_path / "d.jsonl", rows), folders.write_jsonl(tmp_path / "h.jsonl", long)
-    error = start_sft(*sft, f"--workdir={tmp_path / 'run'}", f"--config.data={data}", f"--config.heldout={heldout}").error()
+    error = start_sft(
+        *sft, f"--workdir={tmp_path / 'run'}", f"--config.data={data}", f"--config.heldout={heldout}"
+    ).error()
     assert "heldout" in error or "held out" in error or "h.jsonl" in error
     assert not (tmp_path / "run").exists()
 
@@ -626,7 +641,8 @@ def test_the_quickstart_in_small(tmp_path, capsys):
         "pretrain.length": 32, "pretrain.architecture.num_layers": 1, "pretrain.architecture.width": 16,
         "pretrain.architecture.mlp_width": 16, "pretrain.mesh.data": 1,
         "ppo.num_iterations": 1, "ppo.eval_prompts": 8, "ppo.mesh.data": 1, "ppo.ppo.batch_size": 8,
-        "ppo.ppo.prompt_length": 24, "ppo.ppo.response_length": 8, "ppo.ppo.num_epochs": 1, "ppo.ppo.num_minibatches": 1,
+        "ppo.ppo.prompt_length": 24, "ppo.ppo.response_length": 8, "ppo.ppo.num_epochs": 1,
+        "ppo.ppo.num_minibatches": 1,
     }  # fmt: skip
     config = folders.ROOT / "experiments" / "configs" / "quickstart.py"
     flags = [f"--config={config}", f"--workdir={tmp_path}", *(f"--config.{k}={v}" for k, v in fields.items())]
@@ -646,5 +662,10 @@ def test_the_quickstart_in_small(tmp_path, capsys):
 
 def test_a_vocabulary_too_small_for_the_corpus_is_refused(tmp_path, capsys):
     config = folders.ROOT / "experiments" / "configs" / "quickstart.py"
-    flags = [f"--config={config}", f"--workdir={tmp_path}", "--config.corpus.vocab_size=20", "--config.corpus.num_train=20"]
+    flags = [
+        f"--config={config}",
+        f"--workdir={tmp_path}",
+        "--config.corpus.vocab_size=20",
+        "--config.corpus.num_train=20",
+    ]
     assert "vocab_size" in folders.call_script(rlhf, RLHFExperiment, flags, capsys).error()

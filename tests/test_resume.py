@@ -1,7 +1,6 @@
-"""Processes that end early: in parts as planned, or by SIGKILL at any moment; the run ends with the same bits.
+"""Processes that end early, as planned or by SIGKILL at any moment: the run ends with the bits of one that did not.
 
-Real processes, started as a user starts them. `reference` is the run that nothing happens to; its compiled programs are
-kept on the disk for the starts after it, but for one, which compiles all of them again.
+Real processes, started as a user starts them, and one test, since all of them are compared with the same run.
 """
 
 import os
@@ -10,42 +9,22 @@ import subprocess
 import time
 
 import folders
-import pytest
 
 from ppo_jax.metrics import read_jsonl
 
 # An adaptive KL coefficient and weight decay: more of the state to lose. Checkpoints and samples all the time.
 CHANGES = (
-    "--config.ppo.kl_target=0.5", "--config.ppo.kl_horizon=100", "--config.ppo.weight_decay=0.1", "--config.samples_every=1",
+    "--config.ppo.kl_target=0.5",
+    "--config.ppo.kl_horizon=100",
+    "--config.ppo.weight_decay=0.1",
+    "--config.samples_every=1",
     "--config.checkpoint_every=1",
-)  # fmt: skip
+)
 ITERATIONS = 6
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return folders.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def kept(world):
-    """The environment of a process that keeps, or finds, compiled programs."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(world.root / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
 
 
 def flags(world, workdir, iterations: int = ITERATIONS) -> list[str]:
     return world.flags(*CHANGES, f"--config.num_iterations={iterations}", f"--workdir={workdir}")
-
-
-@pytest.fixture(scope="module")
-def reference(world, kept):
-    outcome = folders.run_script("train_ppo.py", flags(world, world.root / "reference"), env=kept)
-    assert (outcome.status, outcome.err) == (0, "")
-    return world.root / "reference"
 
 
 def check_same_run(ours, theirs) -> None:
@@ -63,26 +42,6 @@ def check_same_run(ours, theirs) -> None:
     assert set(os.listdir(ours)) == set(os.listdir(theirs)), "a kill left something behind"
 
 
-def test_a_run_in_two_parts_is_the_run_in_one(world, kept, reference, tmp_path):
-    """3 iterations and 3 more in a new process, which compiles anew; and a third start, which has nothing to do."""
-    workdir = tmp_path / "run"
-    assert folders.run_script("train_ppo.py", flags(world, workdir, ITERATIONS // 2), env=kept).status == 0
-    assert [row["iteration"] for row in read_jsonl(workdir / "metrics.jsonl")] == list(range(ITERATIONS // 2))
-    outcome = folders.run_script("train_ppo.py", flags(world, workdir))
-    assert (outcome.status, outcome.err) == (0, "")
-    assert f"going on after iteration {ITERATIONS // 2}" in outcome.out
-    check_same_run(workdir, reference)
-    coefficients = {row["objective/kl_coef"] for row in read_jsonl(workdir / "metrics.jsonl")}
-    assert len(coefficients) == ITERATIONS, "the KL coefficient was to move"
-
-    before = folders.contents(workdir)
-    again = folders.run_script("train_ppo.py", flags(world, workdir), env=kept)
-    assert (again.status, again.err) == (0, "")
-    assert "iteration 1/" not in again.out
-    assert again.out[again.out.index("# Results") :] == outcome.out[outcome.out.index("# Results") :]
-    assert folders.contents(workdir) == before
-
-
 def names(folder) -> list[str]:
     try:
         return os.listdir(folder)
@@ -95,31 +54,70 @@ def num_rows(workdir) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def is_newer(path, other) -> bool:
+    """Whether a file was written after another one."""
+    try:
+        return path.stat().st_mtime_ns > other.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
 MOMENTS = {
-    "an iteration": lambda workdir: num_rows(workdir) >= 1,
-    "a checkpoint": lambda workdir: num_rows(workdir) >= 3 and any("tmp" in x for x in names(workdir / "checkpoints")),
+    "an iteration": lambda workdir: num_rows(workdir) >= 3,
+    "a checkpoint": lambda workdir: num_rows(workdir) >= 4 and any("tmp" in x for x in names(workdir / "checkpoints")),
     "the export": lambda workdir: ".policy.new" in names(workdir),
-    "the results": lambda workdir: "responses.jsonl" in names(workdir),
+    "the results": lambda workdir: is_newer(workdir / "responses.jsonl", workdir / "policy" / "model.safetensors"),
 }
 
 
-def test_a_killed_run_ends_as_one_that_was_never_killed(world, kept, reference, tmp_path, rng):
-    """SIGKILL in four starts, each at another moment or a little after it; the fifth start runs to its end."""
-    workdir, hit = tmp_path / "run", []
-    for moment, reached in MOMENTS.items():
+def kill_at(moment: str, process: subprocess.Popen, workdir, wait: float) -> bool:
+    """Kills a process when the moment has come, or `wait` seconds later; whether it was still running."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and not MOMENTS[moment](workdir):
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+    time.sleep(wait)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return running
+
+
+def test_what_ends_early_ends_with_the_same_bits(tmp_path, rng):
+    world = folders.make_world(tmp_path)
+    # The compiled programs of the first process are kept on the disk for those after it, but for the last one.
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    outcome = folders.run_script("train_ppo.py", flags(world, reference), env=kept)
+    assert (outcome.status, outcome.err) == (0, "")
+    coefficients = {row["objective/kl_coef"] for row in read_jsonl(reference / "metrics.jsonl")}
+    assert len(coefficients) == ITERATIONS, "the KL coefficient was to move"
+
+    # Two iterations as planned, and then more, killed in four starts.
+    assert folders.run_script("train_ppo.py", flags(world, workdir, 2), env=kept).status == 0
+    assert [row["iteration"] for row in read_jsonl(workdir / "metrics.jsonl")] == [0, 1]
+    hit = []
+    for moment in MOMENTS:
         process = folders.start_script(
             "train_ppo.py", flags(world, workdir), env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 240
-        while process.poll() is None and not reached(workdir):
-            assert time.monotonic() < deadline
-            time.sleep(1e-3)
-        time.sleep(rng.random() * (0.1 if moment == "an iteration" else 0.01))
-        if process.poll() is None:
-            hit.append(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        wait = rng.random() * (0.1 if moment == "an iteration" else 0.01)
+        hit += [moment] * kill_at(moment, process, workdir, wait)
     assert len(hit) >= 2, hit
-    outcome = folders.run_script("train_ppo.py", flags(world, workdir), env=kept)
+
+    # Compiled anew, to its end.
+    outcome = folders.run_script("train_ppo.py", flags(world, workdir))
     assert (outcome.status, outcome.err) == (0, "")
     check_same_run(workdir, reference)
+
+    # There is nothing left to do.
+    before = folders.contents(workdir)
+    again = folders.run_script("train_ppo.py", flags(world, workdir), env=kept)
+    assert (again.status, again.err) == (0, "")
+    assert "iteration " not in again.out
+    assert again.out[again.out.index("# Results") :] == outcome.out[outcome.out.index("# Results") :]
+    assert folders.contents(workdir) == before

@@ -127,7 +127,19 @@ def test_the_wrong_number_of_scores_is_refused(scores):
         np.zeros((3, 1)),
         [object()] * 3,
     ],
-    ids=["none", "number", "none_inside", "nested", "strings", "string", "dict", "complex", "matrix", "column", "objects"],
+    ids=[
+        "none",
+        "number",
+        "none_inside",
+        "nested",
+        "strings",
+        "string",
+        "dict",
+        "complex",
+        "matrix",
+        "column",
+        "objects",
+    ],
 )
 def test_what_is_no_list_of_numbers_is_refused(returned):
     text = refused(lambda *_, **__: returned)
@@ -312,7 +324,7 @@ def test_a_score_in_jax_from_a_file_and_from_a_module(reward_file, tokenizer):
         ("FILE:", "expected one of vader"),
         ("no/such/file.py:judge", "there is no file no/such/file.py"),
         ("jax:no/such/file.py:judge", "there is no file no/such/file.py"),
-        ("no.such.module:judge", "module no.such.module cannot be imported"),
+        ("no.such.module:judge", "no.such.module cannot be imported"),
         ("ppo_jax.rewards.sentiment:veder", "has no function 'veder'"),
         ("FILE:count_god", "has no function 'count_god'"),
         ("FILE:GOOD", "has no function 'GOOD'"),  # it is there, and is no function
@@ -358,13 +370,19 @@ def test_a_function_that_cannot_make_its_score_is_told(tmp_path, tokenizer):
 
 def rollout_of(tokenizer, prompts, responses, length: int = 0, garbage: str = "<pad>") -> Rollout:
     """Words to a rollout: prompts padded left, responses padded right (with `garbage`, which is masked)."""
-    spelled = [[["▁" + w if not w.startswith("<") else w for w in row] for row in rows] for rows in (prompts, responses)]
+    spelled = [
+        [["▁" + w if not w.startswith("<") else w for w in row] for row in rows] for rows in (prompts, responses)
+    ]
     width, length = max(map(len, prompts)), length or max(map(len, responses))
     tokens, mask = [], []
     for prompt, response in zip(*spelled, strict=True):
         row = ["<pad>"] * (width - len(prompt)) + prompt + response + [garbage] * (length - len(response))
         tokens.append(tokenizer.convert_tokens_to_ids(row))
-        mask.append([False] * (width - len(prompt)) + [True] * (len(prompt) + len(response)) + [False] * (length - len(response)))
+        mask.append(
+            [False] * (width - len(prompt))
+            + [True] * (len(prompt) + len(response))
+            + [False] * (length - len(response))
+        )
     zeros = jnp.zeros((len(tokens), length))
     return Rollout(jnp.array(tokens, jnp.int32), jnp.array(mask), zeros, zeros)
 

@@ -13,7 +13,13 @@ import pytest
 from ppo_jax.errors import InputError
 from ppo_jax.runs import RunError, open_run, write_json
 
-CONFIG = {"model": "x", "seed": 0, "num_iterations": 4, "ppo": {"lr": 1e-3, "value_clip_eps": float("inf")}, "names": ("a",)}
+CONFIG = {
+    "model": "x",
+    "seed": 0,
+    "num_iterations": 4,
+    "ppo": {"lr": 1e-3, "value_clip_eps": float("inf")},
+    "names": ("a",),
+}
 
 
 def changed(**changes) -> dict:
@@ -75,12 +81,15 @@ def test_a_field_that_came_or_went_is_a_difference(tmp_path):
     assert "seed" in refused(tmp_path / "run", less)
 
 
-def test_fields_that_may_change_are_written_anew(tmp_path):
+def test_fields_that_may_change_may_change(tmp_path):
+    """The file stays: a start that enters may still be refused. The caller writes it once it goes on."""
     open_run(tmp_path / "run", CONFIG)
     longer = changed(num_iterations=8)
     assert "num_iterations was 4 and is 8" in refused(tmp_path / "run", longer)
     assert open_run(tmp_path / "run", longer, may_change=["num_iterations"])
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == longer
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == changed()
+    write_json(tmp_path / "run" / "config.json", longer)
+    assert open_run(tmp_path / "run", longer)
     assert "seed" in refused(tmp_path / "run", changed(num_iterations=8, seed=1), may_change=["num_iterations"])
 
 
@@ -128,7 +137,7 @@ for i in itertools.count():
 
 
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, rng):
-    """SIGKILL while a file of 100 kB is written over and over; any mixture of two versions would not parse, or not match."""
+    """SIGKILL while a file of 100 kB is written over and over; a mixture of two versions would not match."""
     path = tmp_path / "config.json"
     root = Path(__file__).parents[1]
     for _ in range(2):
