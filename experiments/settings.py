@@ -202,14 +202,17 @@ def from_config_dict(kind: Callable[..., Settings], config: ml_collections.Confi
     fields = {field.name: field for field in dataclasses.fields(kind)}  # pyrefly: ignore[bad-argument-type]
     if unknown := sorted(set(config) - set(fields)):
         raise InputError(f"config: unknown field {unknown[0]!r}, expected some of {', '.join(fields)}")
-    values = {}
-    for name, field in fields.items():
-        if name in config:
-            value = config[name]
-            values[name] = (
-                from_config_dict(_kind(field), value) if isinstance(value, ml_collections.ConfigDict) else value
-            )
-    return kind(**values)
+    return kind(**{name: _read(fields[name], config[name]) for name in config})
+
+
+def _read(field: dataclasses.Field, value: Any) -> Any:
+    if field.default is dataclasses.MISSING:
+        check(field.name, value, isinstance(value, ml_collections.ConfigDict), "its fields")
+        return from_config_dict(_kind(field), value)
+    wanted = type(field.default)
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    check(field.name, value, fits, f"a value of type {wanted.__name__}")
+    return value
 
 
 def describe(kind: type, config: ml_collections.ConfigDict, prefix: str = "config.") -> list[tuple[str, Any, str]]:

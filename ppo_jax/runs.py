@@ -45,6 +45,8 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
         saved = json.loads(path.read_text())
     except ValueError as error:
         raise RunError(f"{path}: damaged: {error}") from error
+    if not isinstance(saved, dict):
+        raise RunError(f"{path}: damaged: got a JSON {type(saved).__name__}, expected an object")
     ours, theirs = _flatten(json.loads(json.dumps(config))), _flatten(saved)
     differing = [
         f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"

@@ -4,6 +4,11 @@ GPT-2 continues the beginnings of film reviews, VADER's compound score judges th
 
     pip install "ppo_jax[eval,data]"
     python experiments/train_ppo.py --config=experiments/configs/ppo_sentiment.py --workdir=runs/sentiment
+
+For a GPU; GPT-2 not yet run there. Another model and other prompts with --config.model=FOLDER
+--config.prompts=FILE.jsonl. Run with a Llama of 15 million parameters, pretrained on TinyStories (stories15M), on two
+CPU cores: 24 iterations in 5 minutes raise the score of 48-token continuations from 0.32 to 0.8, at a KL of 15 nats
+(README, three seeds).
 """
 
 import ml_collections

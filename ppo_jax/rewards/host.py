@@ -37,8 +37,10 @@ def call_reward(
     name = getattr(reward, "__name__", type(reward).__name__)
     keys = dict.fromkeys(key for row in columns for key in row if key not in ("prompts", "completions"))
     try:
-        returned = reward(list(prompts), list(completions), **{key: [row.get(key) for row in columns] for key in keys})
-        scores = [float(score) for score in returned]
+        scores = reward(list(prompts), list(completions), **{key: [row.get(key) for row in columns] for key in keys})
+        if isinstance(scores, str | dict) or any(isinstance(score, str) for score in scores):
+            raise TypeError(f"got {type(scores).__name__}, expected a list of numbers")
+        scores = [float(score) for score in scores]
     except Exception as error:  # the function is the user's, and may raise anything
         reason = str(error).splitlines()[0] if str(error) else "no message"
         raise RewardError(f"reward {name}: {type(error).__name__}: {reason}; prompts: {_shorten(prompts)}") from error
@@ -56,7 +58,8 @@ def check_scores(name: str, scores: Sequence[float] | np.ndarray, prompts: Seque
             f"reward {name}: got {len(scores)} scores, expected {len(prompts)}, one a prompt; "
             f"prompts: {_shorten(prompts)}"
         )
-    result = np.asarray(scores, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+        result = np.asarray(scores, np.float32)
     bad = np.flatnonzero(~np.isfinite(result))
     if bad.size:
         raise RewardError(

@@ -38,7 +38,9 @@ def make_lexicon_score(
             weights[ids[0]] = weight
 
     def score(rollout: Rollout) -> jax.Array:
-        found = jnp.where(rollout.response_mask, jnp.asarray(weights)[rollout.response_tokens], 0.0)
+        # A model may have more ids than its tokenizer (a vocabulary padded to a round number): those weigh nothing.
+        word_weights = jnp.asarray(weights).at[rollout.response_tokens].get(mode="fill", fill_value=0.0)
+        found = jnp.where(rollout.response_mask, word_weights, 0.0)
         return jnp.sum(found, axis=1) / jnp.maximum(jnp.sum(jnp.abs(found), axis=1), 1.0)
 
     return score
