@@ -54,26 +54,28 @@ def num_rows(workdir) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def is_newer(path, other) -> bool:
-    """Whether a file was written after another one."""
-    try:
-        return path.stat().st_mtime_ns > other.stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
+def changed(path) -> int:
+    """When a file was written, in nanoseconds; 0 if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
+def writes_checkpoint(workdir) -> bool:
+    return num_rows(workdir) >= 4 and any("tmp" in name for name in names(workdir / "checkpoints"))
+
+
+# Whether it has come, in a process that was started at this time: the first two iterations have left their results.
 MOMENTS = {
-    "an iteration": lambda workdir: num_rows(workdir) >= 3,
-    "a checkpoint": lambda workdir: num_rows(workdir) >= 4 and any("tmp" in x for x in names(workdir / "checkpoints")),
-    "the export": lambda workdir: ".policy.new" in names(workdir),
-    "the results": lambda workdir: is_newer(workdir / "responses.jsonl", workdir / "policy" / "model.safetensors"),
+    "an iteration": lambda workdir, started: num_rows(workdir) >= 3,
+    "a checkpoint": lambda workdir, started: writes_checkpoint(workdir),
+    "the export": lambda workdir, started: ".policy.new" in names(workdir),
+    "the results": lambda workdir, started: changed(workdir / "responses.jsonl") > started,
 }
 
 
 def kill_at(moment: str, process: subprocess.Popen, workdir, wait: float) -> bool:
     """Kills a process when the moment has come, or `wait` seconds later; whether it was still running."""
-    deadline = time.monotonic() + 240
-    while process.poll() is None and not MOMENTS[moment](workdir):
+    started, deadline = time.time_ns(), time.monotonic() + 240
+    while process.poll() is None and not MOMENTS[moment](workdir, started):
         assert time.monotonic() < deadline
         time.sleep(1e-3)
     time.sleep(wait)

@@ -149,9 +149,9 @@ def test_an_unknown_field_is_refused_with_the_known_ones():
 )
 def test_a_value_of_another_type_is_refused_by_name(path, value):
     """A configuration that is no copy of the defaults has no types of its own."""
-    config = ml_collections.ConfigDict({"ppo": {}})
-    config.update_from_flattened_dict({path: value})
-    with pytest.raises(InputError, match=path.rpartition(".")[2]):
+    owner, _, name = path.rpartition(".")
+    config = ml_collections.ConfigDict({owner: {name: value}} if owner else {name: value})
+    with pytest.raises(InputError, match=name):
         from_config_dict(PPOExperiment, config)
 
 
@@ -239,7 +239,7 @@ def test_a_shipped_file_says_how_to_run_it(path):
         assert path.stem == "quickstart"
         assert "make quickstart" in text
     assert re.search(r"CPU|cores?\b|GPU|TPU", text), "no hardware"
-    assert re.search(r"\bminutes?\b|\bseconds?\b|\bhours?\b|not yet run", text), "no time"
+    assert re.search(r"\bminutes?\b|\bseconds?\b|\bhours?\b|not\s+yet\s+run", text), "no time"
     assert re.search(r"\d", text), "no expected result"
 
 
