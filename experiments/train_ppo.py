@@ -117,22 +117,21 @@ def prepare(settings: PPOExperiment) -> Setup:
 
 
 def check_score(score: Any, settings: PPOExperiment) -> None:
-    """Tries a JAX score on shapes.
+    """Tries a JAX score on shapes, without computing anything.
 
     Raises:
         InputError: it fails, or does not return one number a sequence.
     """
     config = settings.ppo
     size, length = config.batch_size, config.prompt_length + config.response_length
-    per_token = jax.ShapeDtypeStruct((size, config.response_length), jnp.float32)
-    rollout = Rollout(
-        tokens=jax.ShapeDtypeStruct((size, length), jnp.int32),
-        mask=jax.ShapeDtypeStruct((size, length), jnp.bool_),
-        logprobs=per_token,
-        values=per_token,
-    )
+
+    def try_out() -> jax.Array:
+        per_token = jnp.zeros((size, config.response_length))
+        tokens, mask = jnp.zeros((size, length), jnp.int32), jnp.ones((size, length), bool)
+        return score(Rollout(tokens=tokens, mask=mask, logprobs=per_token, values=per_token))
+
     try:
-        shape = jax.eval_shape(score, rollout).shape
+        shape = jax.eval_shape(try_out).shape
     except Exception as error:  # the score is the user's, and may raise anything
         raise InputError(f"config.reward: {settings.reward}: {type(error).__name__}: {error}") from error
     check(f"config.reward: {settings.reward}: shape", shape, shape == (size,), f"({size},), one score a sequence")

@@ -81,6 +81,7 @@ def test_a_run_leaves_what_it_promises(world, tmp_path, start, reward):
     check_second_start(start, world, workdir, reward)
     check_refused_changes(start, world, workdir, reward)
     assert folders.contents(workdir) == before
+    check_parts(start, world, workdir, tmp_path / "parts", reward)
 
 
 def count_good(text: str) -> float:
@@ -180,6 +181,18 @@ def check_second_start(start, world, workdir, reward: str) -> None:
         outcome = start(*world.flags(f"--workdir={workdir}", reward=reward))
     assert (outcome.status, outcome.err) == (0, "")
     assert (workdir / "results.md").read_text().strip() in outcome.out
+
+
+def check_parts(start, world, whole, parts, reward: str) -> None:
+    """Iteration 1, then 2 and 3, then 4: every bit of the state, every number and every text as in one run."""
+    for iterations in (1, 3, 4):
+        flags = world.flags(f"--workdir={parts}", f"--config.num_iterations={iterations}", reward=reward)
+        assert start(*flags).status == 0
+    assert folders.bits(folders.saved_state(parts)) == folders.bits(folders.saved_state(whole))
+    assert folders.without_time(parts / "metrics.jsonl") == folders.without_time(whole / "metrics.jsonl")
+    assert folders.contents(parts / "policy") == folders.contents(whole / "policy")
+    for name in ("config.json", "samples.jsonl", "responses.jsonl", "results.json"):
+        assert (parts / name).read_text() == (whole / name).read_text(), name
 
 
 def check_refused_changes(start, world, workdir, reward: str) -> None:
@@ -480,22 +493,6 @@ def test_a_schedule_that_ends_cannot_be_lengthened(world, tmp_path, start):
         patch.setattr(train_ppo, "iterate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert start(*flags, "--config.num_iterations=3").status == 130
     assert "num_iterations was 3 and is 4" in start(*flags).error()
-
-
-def test_a_run_in_one_program_goes_on_bit_for_bit(world, tmp_path, start):
-    changes = ("--config.samples_every=1", "--config.checkpoint_every=1")
-    for name, iterations in (("whole", 4), ("parts", 1), ("parts", 3), ("parts", 4)):
-        flags = world.flags(f"--workdir={tmp_path / name}", *changes, reward="score_good")
-        assert start(*flags, f"--config.num_iterations={iterations}").status == 0
-    check_same_run(tmp_path / "parts", tmp_path / "whole")
-
-
-def check_same_run(ours, theirs) -> None:
-    assert folders.bits(folders.saved_state(ours)) == folders.bits(folders.saved_state(theirs))
-    assert folders.without_time(ours / "metrics.jsonl") == folders.without_time(theirs / "metrics.jsonl")
-    assert folders.contents(ours / "policy") == folders.contents(theirs / "policy")
-    for name in ("config.json", "samples.jsonl", "responses.jsonl", "results.json"):
-        assert (ours / name).read_text() == (theirs / name).read_text(), name
 
 
 # Plans
