@@ -57,15 +57,16 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
 
 def _parse(argv: list[str]) -> ml_collections.ConfigDict:
     app.define_help_flags()
+    for name in ("config", "workdir", "print_config", "dry_run"):  # what --help shows
+        flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
     _check_config_path(argv)
     try:
         rest = flags.FLAGS(argv)
     except AttributeError as error:  # ml_collections: a field that does not exist, with its suggestion
-        raise InputError(
-            "--config: no such field: " + " ".join(str(error).replace("\\n", " ").strip("'\"").split())
-        ) from error
+        words = str(error).replace("\\n", " ").replace("\\", "").split()
+        raise InputError("--config: no such field: " + " ".join(words).strip("'\"").replace("''", "'")) from error
     except Exception as error:  # a wrong flag, or whatever the configuration file raises
-        raise InputError(f"{type(error).__name__}: {error}") from error
+        raise InputError(f"{type(error).__name__}: {_last_line(error)}") from error
     if len(rest) > 1:
         raise InputError(f"arguments: got {rest[1]!r}, expected flags only, such as --config.seed=1")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
@@ -79,7 +80,12 @@ def _reason(config: Any) -> str:
     try:
         return f"got {config.seed!r}"  # ml_collections keeps the error of a failed load until the first access
     except Exception as error:
-        return str(error).strip().splitlines()[-1].strip()
+        return _last_line(error)
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong; above it ml_collections puts a whole traceback."""
+    return (str(error).strip() or "no message").splitlines()[-1].strip()
 
 
 def _check_config_path(argv: list[str]) -> None:

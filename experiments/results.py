@@ -75,9 +75,7 @@ def curves(kl_limit: float) -> tuple[Panel, ...]:
 
 def print_costs(programs: dict[str, dict[str, float]]) -> None:
     """Costs by program, as `ppo_jax.planning.program_cost` gives them, in a table."""
-    names = list(next(iter(programs.values())))
-    table = Table("program, per device", *names, box=None)
-    for program, cost in programs.items():
-        table.add_row(program, *(f"{cost[name]:,.1f}" for name in names))
-    Console().print(table)
-    Console().print("gflops counts the body of every loop once", style="dim")
+    table = Table("per device", *programs, box=None)
+    for name in next(iter(programs.values())):
+        table.add_row(name, *(f"{cost[name]:,.1f}" for cost in programs.values()))
+    Console().print(table, "gflops counts the body of every loop once", sep="\n")

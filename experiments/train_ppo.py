@@ -26,7 +26,7 @@ from ppo_jax import hub
 from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.data import PromptSet, batch_indices, load_prompts
 from ppo_jax.errors import InputError, check
-from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
+from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, check_trackers, make_writers, truncate_jsonl
 from ppo_jax.models import ActorCritic
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
@@ -79,6 +79,7 @@ def prepare(settings: PPOExperiment) -> Setup:
         settings.prompts, tokenizer, special.pad_id, config.prompt_length, settings.long_prompts, settings.prompts_split
     )
     check_vocabulary(special, prompts.tokens, model_config.vocab_size)
+    check_trackers(tracker_names(settings.trackers))
     judge, in_program = load_reward(settings.reward, tokenizer)
     if in_program:
         check_score(judge, settings)
@@ -207,7 +208,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     settings = setup.settings
     may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
     open_run(workdir, dataclasses.asdict(settings), may_change)
-    checkpoints = Checkpointer(workdir / "checkpoints", settings.checkpoints_to_keep)
+    keep = max(settings.checkpoints_to_keep, 2 if settings.kl_limit else 1)  # one above the limit and one below
+    checkpoints = Checkpointer(workdir / "checkpoints", keep)
     state, done, total = setup.state, checkpoints.latest_step() or 0, settings.num_iterations
     check("config.num_iterations", total, total >= done, f"at least the {done} that {workdir} has")
     if done:
@@ -236,18 +238,19 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
             done += 1
             if not stopped and (done == total or done % settings.checkpoint_every == 0):
                 checkpoints.save(state)
-        if stopped:  # the policy that acted was above the limit already
-            state = checkpoints.restore(state)
+        reached = checkpoints.latest_step() or 0
+        if stopped:  # the policy that acted in the last iteration was above the limit already, and may have been saved
+            state = checkpoints.restore(state, before=done - 1)
             reporter.print(f"stopped: the KL is above {settings.kl_limit:g} nats; back to iteration {int(state.step)}")
     checkpoints.close()
-    return finish(setup, state, workdir, stopped)
+    return finish(setup, state, workdir, reached, stopped)
 
 
 def finished(workdir: Path, done: int, total: int) -> dict[str, Any] | None:
     """The results of a run that has ended: after all its iterations, or by its KL limit; None if it goes on."""
     path = workdir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"iterations": -1, "stopped": False}
-    ended = results["iterations"] == done and (results["stopped"] or done == total)
+    results = json.loads(path.read_text()) if path.exists() else {"reached": -1, "stopped": False}
+    ended = results["reached"] == done and (results["stopped"] or done == total)
     return results if ended else None
 
 
@@ -294,7 +297,7 @@ def refuse_non_finite(metrics: dict[str, float], iteration: int) -> None:
         )
 
 
-def finish(setup: Setup, state: TrainState, workdir: Path, stopped: bool) -> dict[str, Any]:
+def finish(setup: Setup, state: TrainState, workdir: Path, reached: int, stopped: bool) -> dict[str, Any]:
     """Exports the policy, draws the curves, and compares the policy with the model that it started from."""
     params = jax.device_get(state.params["decoder"])
     ids = setup.sampling
@@ -311,6 +314,8 @@ def finish(setup: Setup, state: TrainState, workdir: Path, stopped: bool) -> dic
     )
     results = {
         "iterations": int(state.step),
+        "reached": reached,
+        "stopped": stopped,
         "before": before,
         "after": after,
         "samples": rows[: 2 * setup.settings.num_samples],

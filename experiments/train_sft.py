@@ -25,7 +25,7 @@ from ppo_jax import hub
 from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.data import ExampleSet, batch_indices, load_examples
 from ppo_jax.errors import InputError, check
-from ppo_jax.metrics import Reporter, make_writers
+from ppo_jax.metrics import Reporter, check_trackers, make_writers
 from ppo_jax.models import Decoder
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
@@ -78,6 +78,7 @@ def prepare(settings: SFTExperiment) -> Setup:
         examples, heldout = split_off(examples, settings.heldout_frac)
     check_vocabulary(special, examples.tokens, model_config.vocab_size)
     check_vocabulary(special, heldout.tokens, model_config.vocab_size)
+    check_trackers(tracker_names(settings.trackers))
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     check(

@@ -41,16 +41,17 @@ class Checkpointer:
         """The newest saved step, None when there is none."""
         return self._manager.latest_step()
 
-    def restore(self, like: TrainState) -> TrainState:
+    def restore(self, like: TrainState, before: int | None = None) -> TrainState:
         """The newest saved state, placed as `like` is.
 
         Args:
             like: a state of the same shapes, dtypes and shardings, a fresh one say.
+            before: only steps below this one count.
 
         Raises:
             CheckpointError: nothing is saved, or an array is missing, left over, or of another shape or dtype.
         """
-        step = self.latest_step()
+        step = max((step for step in self._manager.all_steps() if before is None or step < before), default=None)
         if step is None:
             raise CheckpointError(f"checkpoint: nothing is saved in {self._manager.directory}")
         tree = _to_tree(like)

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.errors import InputError, check
-from ppo_jax.tokenizers import SpecialTokens, encode_prompt, render_chat
+from ppo_jax.tokenizers import SpecialTokens, TokenizerError, encode_prompt, render_chat
 
 LONG_PROMPTS = ("drop", "keep_start", "keep_end")
 PROMPT_COLUMNS = ("prompt", "messages", "text")
@@ -54,7 +54,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long to be one
                 raise DataError(f"{path}:{number}: broken line: {str(error).splitlines()[0]}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: got a JSON {type(row).__name__}, expected an object")
@@ -115,7 +115,7 @@ def load_prompts(
     ids, texts, columns, num_dropped, num_cut = [], [], [], 0, 0
     for number, row in enumerate(rows, start=1):
         prompt, others = _take_prompt(row, f"{source}: row {number}")
-        tokens = encode_prompt(tokenizer, prompt)
+        tokens = _encode(tokenizer, prompt, f"{source}: row {number}")
         if not tokens:
             raise DataError(f"{source}: row {number}: the prompt is empty; expected at least one token")
         text = prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt)
@@ -136,6 +136,13 @@ def load_prompts(
         )
     tokens, mask = pad(ids, prompt_length, pad_id, side="left")
     return PromptSet(tokens, mask, texts, columns, num_dropped, num_cut)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list, where: str) -> list[int]:
+    try:
+        return encode_prompt(tokenizer, prompt)
+    except TokenizerError as error:
+        raise TokenizerError(f"{where}: {error}") from error
 
 
 def _take_prompt(row: dict[str, Any], where: str) -> tuple[str | list, dict[str, Any]]:
@@ -190,8 +197,9 @@ def load_examples(
             raise DataError(
                 f"{source}: row {number}: got columns {', '.join(row) or 'none'}, expected text or prompt, completion"
             )
-        ids.append([*encode_prompt(tokenizer, text), special.eos_ids[0]])
-        prompt_sizes.append(len(encode_prompt(tokenizer, prompt)) if prompt else 0)
+        where = f"{source}: row {number}"
+        ids.append([*_encode(tokenizer, text, where), special.eos_ids[0]])
+        prompt_sizes.append(len(_encode(tokenizer, prompt, where)) if prompt else 0)
     tokens, mask = pad([row[:length] for row in ids], length, special.pad_id, side="right")
     target_mask = mask & (np.arange(length)[None, :] >= np.array(prompt_sizes)[:, None])
     if not target_mask[:, 1:].any():

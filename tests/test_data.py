@@ -187,7 +187,7 @@ def test_an_empty_prompt_is_refused(source):
 def test_text_that_is_no_unicode_is_refused_with_its_row(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(r'{"prompt": "the cat"}' + "\n" + r'{"prompt": "half a pair: \ud83d"}' + "\n")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(TokenizerError) as error:
         load_prompts(str(path), tokenizer, 0, 8)
     assert "2" in one_line(error).removeprefix(str(path))
 

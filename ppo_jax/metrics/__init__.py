@@ -13,6 +13,7 @@ from ppo_jax.metrics.writers import (
     MetricWriters,
     TensorBoardMetrics,
     TrackerMetrics,
+    check_trackers,
     make_writers,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "TensorBoardMetrics",
     "TrackerMetrics",
     "atomic_write",
+    "check_trackers",
     "make_writers",
     "read_jsonl",
     "truncate_jsonl",

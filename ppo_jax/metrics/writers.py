@@ -168,10 +168,7 @@ def make_writers(
         InputError: a tracker is unknown, or its package is not installed.
     """
     trackers = tuple(dict.fromkeys(trackers))
-    for name in trackers:
-        if name not in KNOWN_TRACKERS:
-            raise InputError(f"unknown tracker {name!r}; the known ones are {', '.join(KNOWN_TRACKERS)}")
-    modules = {name: _import_tracker(name) for name in trackers if name != "tensorboard"}
+    modules = check_trackers(trackers)
 
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -192,6 +189,18 @@ def make_writers(
             opened.callback(writer.close)
         opened.pop_all()  # all went well: they stay open
     return MetricWriters(writers)
+
+
+def check_trackers(trackers: Sequence[str]) -> dict[str, ModuleType]:
+    """The modules of these trackers, without TensorBoard, which needs none of its own.
+
+    Raises:
+        InputError: one is unknown, or its package is not installed.
+    """
+    for name in trackers:
+        if name not in KNOWN_TRACKERS:
+            raise InputError(f"unknown tracker {name!r}; the known ones are {', '.join(KNOWN_TRACKERS)}")
+    return {name: _import_tracker(name) for name in trackers if name != "tensorboard"}
 
 
 def _import_tracker(name: str) -> ModuleType:

@@ -37,9 +37,10 @@ def call_reward(
     name = getattr(reward, "__name__", type(reward).__name__)
     keys = dict.fromkeys(key for row in columns for key in row if key not in ("prompts", "completions"))
     try:
-        scores = reward(list(prompts), list(completions), **{key: [row.get(key) for row in columns] for key in keys})
-        if isinstance(scores, str | dict) or any(isinstance(score, str) for score in scores):
-            raise TypeError(f"got {type(scores).__name__}, expected a list of numbers")
+        returned = reward(list(prompts), list(completions), **{key: [row.get(key) for row in columns] for key in keys})
+        scores = [] if isinstance(returned, str | dict) else list(returned)
+        if isinstance(returned, str | dict) or any(isinstance(score, str) for score in scores):
+            raise TypeError(f"got {type(returned).__name__}, expected a list of numbers")
         scores = [float(score) for score in scores]
     except Exception as error:  # the function is the user's, and may raise anything
         reason = str(error).splitlines()[0] if str(error) else "no message"

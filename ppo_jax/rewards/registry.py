@@ -63,8 +63,11 @@ def _import(spec: str, name: str) -> object:
     path = Path(name).expanduser()
     if path.suffix == ".py" and not path.is_file():
         raise InputError(f"config.reward: got {spec!r}, but there is no file {name}")
-    sys.path.insert(0, str(path.parent.absolute() if path.suffix == ".py" else Path.cwd()))
+    neighbours = str(path.parent.absolute() if path.suffix == ".py" else Path.cwd())
+    sys.path.insert(0, neighbours)
     try:
         return SimpleNamespace(**runpy.run_path(str(path))) if path.suffix == ".py" else importlib.import_module(name)
     except Exception as error:  # the code is the user's, and may raise anything
         raise InputError(f"config.reward: {name} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(neighbours)
