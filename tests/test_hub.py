@@ -251,9 +251,12 @@ def test_end_ids_that_are_none(llama, value):
     refused("generation_config.json: eos_token_id .* expected an id or a list of ids", hub.load_eos_ids, llama)
 
 
-def test_a_folder_without_generation_config(llama):
+def test_a_folder_without_generation_config_says_it_in_its_config(llama):
     (llama / "generation_config.json").unlink()
-    assert hub.load_eos_ids(llama) == ()
+    for in_config, expected in ((2, (2,)), ([2, 5], (2, 5)), (None, ())):
+        config = json.loads((llama / "config.json").read_text()) | {"eos_token_id": in_config}
+        (llama / "config.json").write_text(json.dumps(config))
+        assert hub.load_eos_ids(llama) == expected
 
 
 # config.json: what is read.

@@ -78,20 +78,18 @@ def load_config(folder: str | pathlib.Path, dtype: str = "float32", param_dtype:
 
 
 def load_eos_ids(folder: str | pathlib.Path) -> tuple[int, ...]:
-    """The tokens that end a text, by id: as `generation_config.json` says, or else `config.json`; () if neither does.
+    """The tokens that end a text, by id: those of `generation_config.json`; if there is no such file, of `config.json`.
 
     Raises:
-        HubError: a file is malformed.
+        HubError: the file is malformed.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = _existing(folder) / name
-        ids = configs.read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int and i >= 0 for i in ids):
-                raise HubError(f"{path}: eos_token_id {ids!r}: expected an id or a list of ids")
-            return tuple(ids)
-    return ()
+    path = _existing(folder) / "generation_config.json"
+    path = path if path.exists() else path.with_name("config.json")
+    ids = configs.read_json(path).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise HubError(f"{path}: eos_token_id {ids!r}: expected an id or a list of ids")
+    return tuple(ids)
 
 
 def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
