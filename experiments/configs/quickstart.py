@@ -16,13 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     """The settings."""
     config = defaults(RLHFExperiment)
 
-    config.pretrain.length = 64
-    config.pretrain.num_steps = 900
+    config.pretrain.length = 52  # the longest review has 51 tokens
+    config.pretrain.num_steps = 750
     config.pretrain.batch_size = 32
     config.pretrain.lr = 3e-3
     config.pretrain.warmup_steps = 30
-    config.pretrain.checkpoint_every = 200
-    config.pretrain.eval_every = 200
+    config.pretrain.checkpoint_every = 250
+    config.pretrain.eval_every = 250
     config.pretrain.log_every = 50
     config.pretrain.architecture.num_layers = 4
     config.pretrain.architecture.num_heads = 4
