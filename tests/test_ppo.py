@@ -380,9 +380,9 @@ class Bigram:
         return hidden @ params["values"]
 
 
-def bigram_update(config: PPOConfig):
+def bigram_update(config: PPOConfig, tx=None):
     """(experience, key[, parameters]) to (new parameters, metrics, minibatches as lists of row numbers)."""
-    model, tx = Bigram(), optax.sgd(config.lr)
+    model, tx = Bigram(), tx or optax.sgd(config.lr)
     shardings = SimpleNamespace(batch=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     compiled = jax.jit(partial(update, model, tx, config=config, sampling=LEARNED_COLD, shardings=shardings))
 
@@ -441,13 +441,15 @@ def test_metrics_of_an_update_are_means_over_its_steps_but_for_the_first_and_the
 
 
 def test_an_update_is_so_many_gradient_steps_of_the_loss(rng, key):
-    config = dataclasses.replace(CONFIG, batch_size=4, num_epochs=3, num_minibatches=1, lr=0.5)
-    experience, model = numbered_experience(rng, 4), Bigram()
-    params, _, _ = bigram_update(config)(experience, key)
+    config = dataclasses.replace(CONFIG, batch_size=4, num_epochs=3, num_minibatches=1)
+    experience, model, tx = numbered_experience(rng, 4), Bigram(), optax.sgd(0.5, momentum=0.9)
+    params, _, _ = bigram_update(config, tx)(experience, key)
     grad = jax.jit(jax.grad(lambda p: ppo_loss(p, model, experience, config, LEARNED_COLD)[0]))
     expected = {"table": jnp.zeros((V, V)), "values": jnp.zeros(V)}
-    for _ in range(3):
-        expected = jax.tree.map(lambda x, g: x - 0.5 * g, expected, grad(expected))
+    moved = expected
+    for _ in range(3):  # the optimizer's state goes from step to step
+        moved = jax.tree.map(lambda m, g: 0.9 * m + g, moved, grad(expected))
+        expected = jax.tree.map(lambda x, m: x - 0.5 * m, expected, moved)
     assert np.abs(expected["table"]).max() > 0.01
     chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-6)
 
@@ -650,6 +652,8 @@ def test_a_new_state_of_the_same_tree_comes_out(bench, program):
     new_state, *_ = program(state, bench.reference(), bench.prompts(np.random.default_rng(0)))
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, expected)
     np.testing.assert_array_equal(jax.random.key_data(new_state.key), key)
+    counts = [count for _, count in optax.tree_utils.tree_get_all_with_path(new_state.opt_state, "count")]
+    assert counts == [CONFIG.updates_per_iteration] * 2  # Adam's and the schedule's
 
 
 def test_each_iteration_acts_with_a_key_of_its_own(bench):

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = defaults(RLHFExperiment)
 
     config.pretrain.length = 52  # the longest review has 51 tokens
-    config.pretrain.num_steps = 900
+    config.pretrain.num_steps = 1200
     config.pretrain.batch_size = 32
     config.pretrain.lr = 3e-3
     config.pretrain.warmup_steps = 30
