@@ -3,8 +3,8 @@ praise.
 
     make quickstart
 
-Three minutes on two cores. The score rises from 0.1 to about 0.87 of 1, at a KL of 2.4 nats a response (limit: 20),
-and as many sentences as before are in the grammar of the corpus (85 %).
+Two to four minutes on two cores. The score rises from 0.09 to 0.89 of 1, at a KL of 2.7 nats a response (limit: 20), and
+the grammar of the corpus accepts as many sentences as before (80 % against 76 %).
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = defaults(RLHFExperiment)
 
     config.pretrain.length = 52  # the longest review has 51 tokens
-    config.pretrain.num_steps = 1200
+    config.pretrain.num_steps = 900
     config.pretrain.batch_size = 32
     config.pretrain.lr = 3e-3
     config.pretrain.warmup_steps = 30
