@@ -63,8 +63,9 @@ def _parse(argv: list[str]) -> ml_collections.ConfigDict:
     try:
         rest = flags.FLAGS(argv)
     except AttributeError as error:  # ml_collections: a field that does not exist, with its suggestion
-        words = str(error).replace("\\n", " ").replace("\\", "").split()
-        raise InputError("--config: no such field: " + " ".join(words).strip("'\"").replace("''", "'")) from error
+        name, *suggestion = str(error).replace("\\n", " ").replace("\\", "").strip("'").split()
+        name = name.strip("'")
+        raise InputError(f"--config: no such field: {name}. {' '.join(suggestion)}") from error
     except Exception as error:  # a wrong flag, or whatever the configuration file raises
         raise InputError(f"{type(error).__name__}: {_last_line(error)}") from error
     if len(rest) > 1:

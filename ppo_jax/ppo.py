@@ -336,6 +336,7 @@ def init_state(
     """A fresh train state: a pretrained decoder under a new value head.
 
     The state takes `decoder_params` over, and a train step donates them with it: the reference needs a copy of its own.
+    Place the state by `make_shardings(mesh, state).state` before the first step, or that step compiles twice.
     """
     head_key, key = jax.random.split(key)
     hidden = jnp.zeros((1, model.config.width))

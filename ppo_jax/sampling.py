@@ -93,8 +93,8 @@ def draw(key: jax.Array, logits: jax.Array, block: int = 256) -> jax.Array:
     """One token a row from softmax(logits), by inverting the cumulative distribution in two levels.
 
     The first uniform number picks a block of the vocabulary, the second a token in it. Two numbers a row instead of V
-    (`jax.random.categorical` adds Gumbel noise to every logit). Within its block, a token of any probability can be
-    drawn.
+    (`jax.random.categorical` adds Gumbel noise to every logit). The grain is 1e-7 of the
+    weight of a block.
 
     Args:
         key: a typed key.
