@@ -23,7 +23,6 @@ from experiments import cli
 from experiments.results import curves, print_costs, results_page
 from experiments.settings import PPOExperiment, tracker_names
 from ppo_jax import hub
-from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.data import PromptSet, batch_indices, load_prompts
 from ppo_jax.errors import InputError, check
 from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, check_trackers, make_writers, truncate_jsonl
@@ -33,7 +32,7 @@ from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
 from ppo_jax.ppo import TrainStep, init_state, make_train_step, policy_sampling
 from ppo_jax.rewards import call_reward, check_scores, load_reward
-from ppo_jax.runs import open_run, write_json
+from ppo_jax.runs import resume, write_json
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import check_vocabulary, decode_responses, load_tokenizer, special_tokens
@@ -207,19 +206,14 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     """
     settings = setup.settings
     may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
-    open_run(workdir, dataclasses.asdict(settings), may_change)
     keep = max(settings.checkpoints_to_keep, 2 if settings.kl_limit else 1)  # one above the limit and one below
-    checkpoints = Checkpointer(workdir / "checkpoints", keep)
-    state, done, total = setup.state, checkpoints.latest_step() or 0, settings.num_iterations
-    check("config.num_iterations", total, total >= done, f"at least the {done} that {workdir} has")
-    if done:
-        state = checkpoints.restore(state)
-        free(setup.state)
-    elif settings.kl_limit:
-        checkpoints.save(state)  # to go back to
+    total = settings.num_iterations
+    checkpoints, state = resume(workdir, dataclasses.asdict(settings), may_change, setup.state, total, keep)
+    done = int(state.step)
     if (saved := finished(workdir, done, total)) is not None:
         return saved
-    write_json(workdir / "config.json", dataclasses.asdict(settings))
+    if not done and settings.kl_limit:
+        checkpoints.save(state)  # to go back to
     truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
     trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=done)

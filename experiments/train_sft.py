@@ -22,7 +22,6 @@ from experiments import cli
 from experiments.results import SFT_COLUMNS, SFT_PANELS, print_costs
 from experiments.settings import SFTExperiment, tracker_names
 from ppo_jax import hub
-from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.data import ExampleSet, batch_indices, load_examples
 from ppo_jax.errors import InputError, check
 from ppo_jax.metrics import Reporter, check_trackers, make_writers
@@ -30,7 +29,7 @@ from ppo_jax.models import Decoder
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
-from ppo_jax.runs import open_run, write_json
+from ppo_jax.runs import resume, write_json
 from ppo_jax.sft import SFTStep, init_sft_state, make_sft_step
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, special_tokens
@@ -153,19 +152,18 @@ def train(setup: Setup, workdir: Path) -> dict[str, float]:
     """
     settings = setup.settings
     may_change = (*MAY_CHANGE, "num_steps") if settings.lr_schedule == "constant" else MAY_CHANGE
-    open_run(workdir, dataclasses.asdict(settings), may_change)
-    checkpoints = Checkpointer(workdir / "checkpoints", settings.checkpoints_to_keep)
-    state, start = setup.state, checkpoints.latest_step() or 0
-    check(
-        "config.num_steps", settings.num_steps, settings.num_steps >= start, f"at least the {start} that {workdir} has"
+    checkpoints, state = resume(
+        workdir,
+        dataclasses.asdict(settings),
+        may_change,
+        setup.state,
+        settings.num_steps,
+        settings.checkpoints_to_keep,
     )
-    if start:
-        state = checkpoints.restore(state)
-        free(setup.state)
+    start = int(state.step)
     results = workdir / "results.json"
     if start == settings.num_steps and results.exists() and json.loads(results.read_text())["steps"] == start:
         return json.loads(results.read_text())
-    write_json(workdir / "config.json", dataclasses.asdict(settings))
     trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
     with writers, Reporter(settings.num_steps, start, SFT_COLUMNS, label="step") as reporter:

@@ -6,8 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import atomic_write
+from ppo_jax.types import TrainState
 
 
 class RunError(InputError):
@@ -59,6 +61,39 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
             "expected another workdir or these settings"
         )
     return True
+
+
+def resume(
+    workdir: Path, config: dict[str, Any], may_change: Collection[str], fresh: TrainState, total: int, max_to_keep: int
+) -> tuple[Checkpointer, TrainState]:
+    """Opens the folder of a training run: its configuration, its checkpoints, and the state to go on with.
+
+    Args:
+        workdir: the folder.
+        config: nested dictionary of settings; `config.json` holds them afterwards.
+        may_change: see `open_run`.
+        fresh: the state before the first step; its memory is given back when a checkpoint replaces it.
+        total: steps that the run is to have.
+        max_to_keep: newest checkpoints that stay.
+
+    Returns:
+        (the checkpoints, the newest saved state or else `fresh`).
+
+    Raises:
+        RunError: see `open_run`; or the folder is further than `total`.
+        CheckpointError: a checkpoint that does not fit the state.
+    """
+    open_run(workdir, config, may_change)
+    checkpoints = Checkpointer(workdir / "checkpoints", max_to_keep)
+    done = checkpoints.latest_step() or 0
+    if total < done:
+        raise RunError(f"number of steps: got {total}, expected at least the {done} that {workdir} has")
+    write_json(workdir / "config.json", config)
+    if not done:
+        return checkpoints, fresh
+    state = checkpoints.restore(fresh)
+    free(fresh)
+    return checkpoints, state
 
 
 def write_json(path: Path, value: Any) -> None:

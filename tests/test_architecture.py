@@ -28,6 +28,7 @@ FLOORS = {
     # host data
     "tokenizers": 1,
     "data": 1,
+    "preferences": 1,
     # acting and judging
     "config": 2,
     "sampling": 2,
@@ -50,8 +51,11 @@ FLOORS = {
 SAME_FLOOR_PAIRS = {
     ("hub", "models"),  # a Hugging Face folder is read into a ModelConfig and parameters
     ("data", "tokenizers"),  # a prompt is text until it is encoded
+    ("preferences", "data"),  # judgements are rows
     ("plots", "metrics"),  # the curves of what was logged
     ("runs", "metrics"),  # files are written whole or not at all
+    ("runs", "checkpoint"),  # a run goes on from its newest checkpoint
+    ("feedback", "metrics"),  # files are written whole or not at all
 }
 
 # What may import a package from outside ours; a name that is missing here may be imported anywhere.
@@ -64,7 +68,7 @@ FENCES = {
 }
 
 # Below the fourth floor nothing reads files or clocks, except where files are the subject.
-READERS = {"hub", "data", "tokenizers"}
+READERS = {"hub", "data", "tokenizers", "preferences"}
 CLOCKS = {"time", "datetime"}
 FILE_METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 ARRAY_FILE_METHODS = {"load", "save", "savez", "loadtxt", "savetxt", "fromfile", "memmap"}

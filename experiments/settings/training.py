@@ -1,27 +1,15 @@
-"""The settings of each experiment script: frozen dataclasses, and their way to and from an ml_collections ConfigDict.
-
-A file in `experiments/configs/` starts from the defaults here:
-
-    def get_config():
-        config = defaults(PPOExperiment)
-        config.model = "gpt2"
-        return config
-"""
+"""Settings of the scripts that train."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import ml_collections
-
+from experiments.settings.machinery import check_at_least
 from ppo_jax.config import PPOConfig, option
 from ppo_jax.data import LONG_PROMPTS
-from ppo_jax.errors import InputError, check
+from ppo_jax.errors import check
 from ppo_jax.metrics import KNOWN_TRACKERS
 from ppo_jax.models import ModelConfig
 from ppo_jax.optim import LR_SCHEDULES
-
-Settings = TypeVar("Settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +54,11 @@ class PPOExperiment:
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("long_prompts", self.long_prompts, self.long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
-        _check_common(self)
-        _check_at_least(
+        check_common(self)
+        check_at_least(
             self, 1, "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts"
         )
-        _check_at_least(self, 0, "kl_limit")
+        check_at_least(self, 0, "kl_limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +98,14 @@ class SFTExperiment:
         """Refuses what cannot be."""
         check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
         check("heldout_frac", self.heldout_frac, 0 < self.heldout_frac < 1, "a number in (0, 1)")
-        _check_common(self)
+        check_common(self)
         new = Architecture()
         check(
             "architecture", self.architecture, not self.model or self.architecture == new, "the defaults, next to model"
         )
-        _check_at_least(self, 2, "length")
-        _check_at_least(self, 1, "num_steps batch_size log_every eval_every checkpoint_every checkpoints_to_keep")
-        _check_at_least(self, 0, "warmup_steps weight_decay")
+        check_at_least(self, 2, "length")
+        check_at_least(self, 1, "num_steps batch_size log_every eval_every checkpoint_every checkpoints_to_keep")
+        check_at_least(self, 0, "warmup_steps weight_decay")
         for name in "lr max_grad_norm".split():
             check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
 
@@ -138,94 +126,14 @@ class Architecture:
         return ModelConfig(vocab_size=vocab_size, dtype=dtype, **dataclasses.asdict(self))
 
 
-@dataclasses.dataclass(frozen=True)
-class CorpusSettings:
-    """The reviews that `experiments/reviews.py` generates."""
-
-    num_train: int = option(8000, "reviews to pretrain on")
-    num_heldout: int = option(500, "reviews for held-out perplexity")
-    num_prompts: int = option(1024, "openings of reviews, the prompts of PPO")
-    vocab_size: int = option(1024, "most words of the tokenizer")
-    seed: int = option(0, "of the grammar")
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be."""
-        _check_at_least(self, 0, "seed")
-        _check_at_least(self, 1, "num_train num_heldout num_prompts vocab_size")
-
-
-@dataclasses.dataclass(frozen=True)
-class RLHFExperiment:
-    """Settings of `experiments/rlhf.py`. What is left empty in a stage (data, model, prompts) comes from the stage
-    before.
-    """
-
-    corpus: CorpusSettings = dataclasses.field(default_factory=CorpusSettings)
-    pretrain: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
-    ppo: PPOExperiment = dataclasses.field(default_factory=PPOExperiment)
-
-
 def tracker_names(trackers: str) -> list[str]:
     """The trackers of a run: TensorBoard, and those named, separated by commas."""
     return ["tensorboard", *filter(None, (name.strip() for name in trackers.split(",")))]
 
 
-def _check_common(settings: PPOExperiment | SFTExperiment) -> None:
+def check_common(settings: Any) -> None:
+    """Refuses what no script that trains accepts: an unknown dtype or tracker, a negative seed."""
     check("dtype", settings.dtype, settings.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-    _check_at_least(settings, 0, "seed")
+    check_at_least(settings, 0, "seed")
     for name in tracker_names(settings.trackers):
         check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))
-
-
-def _check_at_least(settings: Any, least: int, names: str) -> None:
-    for name in names.split():
-        check(name, getattr(settings, name), getattr(settings, name) >= least, f"at least {least}")
-
-
-def defaults(kind: type) -> ml_collections.ConfigDict:
-    """A ConfigDict of the defaults of a settings dataclass, nested ones included; what has to be named is still
-    empty.
-    """
-    values = {
-        field.name: defaults(_kind(field)) if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(kind)
-    }
-    return ml_collections.ConfigDict(values).lock()  # locked: a mistyped field is an error with a suggestion
-
-
-def from_config_dict(kind: Callable[..., Settings], config: ml_collections.ConfigDict) -> Settings:
-    """The settings dataclass of a ConfigDict, checked.
-
-    Raises:
-        InputError: a field that is missing or unknown, or whose value is refused.
-    """
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyrefly: ignore[bad-argument-type]
-    if unknown := sorted(set(config) - set(fields)):
-        raise InputError(f"config: unknown field {unknown[0]!r}, expected some of {', '.join(fields)}")
-    return kind(**{name: _read(fields[name], config[name]) for name in config})
-
-
-def _read(field: dataclasses.Field, value: Any) -> Any:
-    if field.default is dataclasses.MISSING:
-        check(field.name, value, isinstance(value, ml_collections.ConfigDict), "its fields")
-        return from_config_dict(_kind(field), value)
-    wanted = type(field.default)
-    fits = type(value) is wanted or (wanted is float and type(value) is int)
-    check(field.name, value, fits, f"a value of type {wanted.__name__}")
-    return value
-
-
-def describe(kind: type, config: ml_collections.ConfigDict, prefix: str = "config.") -> list[tuple[str, Any, str]]:
-    """(name, value, help) of every field, for `--print_config`."""
-    rows = []
-    for field in dataclasses.fields(kind):
-        value = config[field.name]
-        if isinstance(value, ml_collections.ConfigDict):
-            rows += describe(_kind(field), value, f"{prefix}{field.name}.")
-        else:
-            rows.append((prefix + field.name, value, field.metadata["help"]))
-    return rows
-
-
-def _kind(field: dataclasses.Field) -> type:
-    return type(field.default_factory())  # pyrefly: ignore[not-callable]
