@@ -16,7 +16,7 @@ PYTEST = $(PY) -m pytest --maxprocesses=8
 export PYTHON ACCELERATOR RESOLUTION
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-parity test-lowest lint format setup clean
+.PHONY: help quickstart test test-parity test-browser test-lowest lint format setup clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,13 +27,18 @@ quickstart:  ## train a small language model with PPO, a few minutes on 2 cores 
 
 test:  ## run the tests, without torch (PYTEST_ARGS=...)
 	@$(SETUP) test
-	$(PYTEST) -n $(PYTEST_WORKERS) --ignore=tests/parity $(PYTEST_ARGS)
+	$(PYTEST) -n $(PYTEST_WORKERS) --ignore=tests/parity --ignore=tests/browser $(PYTEST_ARGS)
 
 # By pip, not by uv: where an index serves both the CUDA and the CPU build, pip takes the one that its configuration names.
 test-parity:  ## compare with torch, live; installs torch (TORCH_ARGS=...)
 	@$(SETUP) test
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $(TORCH_ARGS)
 	$(PYTEST) -n $(PYTEST_WORKERS) tests/parity $(PYTEST_ARGS)
+
+test-browser:  ## label in a real browser; installs chromium where it may (PYTEST_ARGS=...)
+	@$(SETUP) test browser
+	@scripts/install_chromium.sh
+	$(PYTEST) tests/browser $(PYTEST_ARGS)
 
 test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) test VENV=.venv-lowest RESOLUTION=lowest-direct

@@ -13,6 +13,7 @@ ROWS = (
     ("score", "mean score", ".3f"),
     ("score_se", "its standard error", ".3f"),
     ("score_std", "its standard deviation", ".3f"),
+    ("gold", "gold: mean score of the judge that only looks on", ".3f"),
     ("kl", "KL to the reference, nats a sequence", ".2f"),
     ("ref_perplexity", "perplexity under the reference, a token", ".2f"),
     ("length", "mean length, tokens", ".1f"),
@@ -32,6 +33,20 @@ SFT_PANELS = (
     Panel("speed", (("time/tokens_per_s", "tokens"),), "tokens per second"),
 )
 
+REWARD_COLUMNS = (
+    ("loss", "reward/loss", ".4f"),
+    ("accuracy", "reward/accuracy", ".3f"),
+    ("held-out accuracy", "heldout/accuracy", ".3f"),
+    ("held-out loss", "heldout/loss", ".4f"),
+)
+REWARD_PANELS = (
+    Panel("loss", (("reward/loss", "training"), ("heldout/loss", "held out")), "nats per comparison, or 1/2 error^2"),
+    Panel("accuracy", (("reward/accuracy", "training"), ("heldout/accuracy", "held out")), "of ordered pairs"),
+    Panel("root mean square error", (("reward/rmse", "training"), ("heldout/rmse", "held out")), "units of the rating"),
+    Panel("gradient norm", (("optim/grad_norm", "norm"),), "norm"),
+    Panel("learning rate", (("optim/lr", "rate"),), "per step"),
+)
+
 
 def results_page(results: dict[str, Any], workdir: Path, kl_limit: float = 0.0) -> str:
     """The page of results as Markdown.
@@ -44,7 +59,8 @@ def results_page(results: dict[str, Any], workdir: Path, kl_limit: float = 0.0) 
     """
     before, after = results["before"], results["after"]
     lines = ["", "# Results", "", "| | before | after |", "|---|---:|---:|"]
-    lines += [f"| {label} | {before[key]:{form}} | {after[key]:{form}} |" for key, label, form in ROWS]
+    shown = [row for row in ROWS if after.get(row[0]) is not None]
+    lines += [f"| {label} | {before[key]:{form}} | {after[key]:{form}} |" for key, label, form in shown]
     lines += ["", f"Over {after['num_responses']} responses to the same prompts, with the same random numbers."]
     if kl_limit:
         verdict = "held" if after["kl"] <= kl_limit else "NOT held"

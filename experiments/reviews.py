@@ -1,4 +1,4 @@
-"""The quickstart's world: short reviews from a small grammar, a lexicon score, a recogniser and a tokenizer.
+"""The quickstart's world: short reviews from a small grammar, a lexicon score and a recogniser.
 
 Everything comes from the tables below: `generate_reviews` draws from them, `is_grammatical` recognises what they make,
 and the lexicon is their words of praise and blame, so the three cannot drift apart. A review opens with a neutral
@@ -12,20 +12,10 @@ template negates a slot ("not {any+}"): a word's polarity is its sentence's.
 """
 
 import functools
-import json
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ppo_jax.errors import InputError
-from ppo_jax.metrics import atomic_write
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from typing import Any
 
 # Praise and blame: the lexicon; no other word of the grammar is in it. First the adjectives, by kind of aspect.
 _POLAR = {
@@ -267,7 +257,8 @@ def _repeats(text: str) -> bool:
     return len(words) > len(set(words))
 
 
-def _review(rng: random.Random) -> Review:
+def draw_review(rng: random.Random) -> Review:
+    """One review: three in eight praise, three in eight blame, a quarter does both."""
     rules = _pick(_GRAMMARS, rng)
     prompt = _draw(rules, "{opening}", rng)
     plural = re.search(r"\b(we|and I|us)\b", prompt, re.IGNORECASE)
@@ -278,7 +269,7 @@ def _review(rng: random.Random) -> Review:
 
 
 def generate_reviews(num: int, seed: int) -> list[Review]:
-    """Draws `num` reviews: three in eight praise, three in eight blame, a quarter does both.
+    """Draws `num` reviews by `draw_review`.
 
     Args:
         num: how many; the first ones are the same for every `num`.
@@ -288,7 +279,7 @@ def generate_reviews(num: int, seed: int) -> list[Review]:
         Independent reviews, nearly all distinct.
     """
     rng = random.Random(seed)
-    return [_review(rng) for _ in range(num)]
+    return [draw_review(rng) for _ in range(num)]
 
 
 def _parse(rules: Grammar, words: list[str]) -> frozenset[int]:
@@ -339,61 +330,3 @@ def sentence_fraction(text: str) -> float:
     judged = [(sentence[-1] in ".!?", *_judge(sentence)) for sentence in map(str.strip, _SENTENCE.findall(text))]
     counted = [accepted for complete, accepted, beginning in judged if complete or not beginning]
     return sum(counted) / max(1, len(counted))
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A word-level tokenizer with Llama's conventions: `<s>` is put in front, a space belongs to the word after it.
-
-    Each word and each punctuation mark is one token, so `decode(encode(text))` is the text and a lexicon word is one
-    token. The special tokens `<pad>`, `<s>`, `</s>` and `<unk>` (a word that the texts do not hold) come first, then
-    the words by falling frequency.
-
-    Raises:
-        InputError: the texts need more than `vocab_size` tokens.
-    """
-    # Imported here so that the score and the recogniser do not pay for it.
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")])
-    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
-    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(counts, key=lambda word: (-counts[word], word))]
-    if len(words) > vocab_size:
-        raise InputError(f"vocab_size={vocab_size}: the texts need {len(words)} (words and four special tokens)")
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-
-
-def _distinct(draw: Callable[[], str], num: int) -> list[str]:
-    found: dict[str, None] = {}
-    for _ in range(20 * num):
-        if len(found) < num:
-            found.setdefault(draw())
-    if len(found) < num:
-        raise InputError(f"asked for {num} distinct texts, but the grammar gave only {len(found)}")
-    return list(found)
-
-
-def _write_jsonl(path: Path, column: str, texts: list[str]) -> None:
-    atomic_write(path, "".join(json.dumps({column: text}) + "\n" for text in texts).encode())
-
-
-def write_corpus(folder: str | Path, num_train: int, num_heldout: int, num_prompts: int, seed: int) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl` (column `text`) and `prompts.jsonl` (column `prompt`, openings only).
-
-    Each file appears whole or not at all. No review stands twice in the first two, and no prompt twice in the third.
-
-    Raises:
-        InputError: more distinct texts are asked for than the grammar has (tens of thousands of openings).
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    reviews = _distinct(lambda: _review(rng).text, num_train + num_heldout)
-    prompts = _distinct(lambda: _review(rng).prompt, num_prompts)
-    _write_jsonl(folder / "train.jsonl", "text", reviews[:num_train])
-    _write_jsonl(folder / "heldout.jsonl", "text", reviews[num_train:])
-    _write_jsonl(folder / "prompts.jsonl", "prompt", prompts)

@@ -25,13 +25,21 @@ from experiments.settings import PPOExperiment, tracker_names
 from ppo_jax import hub
 from ppo_jax.data import PromptSet, batch_indices, load_prompts
 from ppo_jax.errors import InputError, check
-from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, check_trackers, make_writers, truncate_jsonl
-from ppo_jax.models import ActorCritic
+from ppo_jax.metrics import (
+    JsonlWriter,
+    Reporter,
+    atomic_write,
+    check_trackers,
+    make_writers,
+    truncate_jsonl,
+    write_jsonl,
+)
+from ppo_jax.models import ActorCritic, ModelConfig
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
 from ppo_jax.ppo import TrainStep, init_state, make_train_step, policy_sampling
-from ppo_jax.rewards import call_reward, check_scores, load_reward
+from ppo_jax.rewards import HostReward, Judge, call_reward, check_score, check_scores, load_host_reward, load_reward
 from ppo_jax.runs import resume, write_json
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
@@ -55,7 +63,8 @@ class Setup(NamedTuple):
     ref_params: Params
     step: TrainStep
     schedule: Any  # gradient step -> learning rate
-    reward: Any  # the host reward; None when the score is compiled into `step.iterate`
+    judge: Judge  # its score, if it has one, is compiled into `step.iterate`
+    gold: HostReward | None  # only logged
 
 
 def prepare(settings: PPOExperiment) -> Setup:
@@ -79,9 +88,9 @@ def prepare(settings: PPOExperiment) -> Setup:
     )
     check_vocabulary(special, prompts.tokens, model_config.vocab_size)
     check_trackers(tracker_names(settings.trackers))
-    judge, in_program = load_reward(settings.reward, tokenizer)
-    if in_program:
-        check_score(judge, settings)
+    judge = load_reward(settings.reward, tokenizer, special)
+    check_score(settings.reward, judge, config.batch_size, config.prompt_length, config.response_length)
+    gold = load_host_reward(settings.gold) if settings.gold else None
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     minibatch = config.batch_size // config.num_minibatches
@@ -106,35 +115,32 @@ def prepare(settings: PPOExperiment) -> Setup:
     )
     decoder = jax.tree.map(jnp.asarray, hub.load_params(folder, model_config))
     key = jax.random.key(settings.seed)
-    state = init_state(decoder, model, tx, config, key)
-    shardings = make_shardings(mesh, state)
+    state = init_state(decoder, model, tx, config, key, load_critic(settings, model_config))
+    shardings = make_shardings(mesh, state, judge.params)
     # The reference is a copy of its own: the state's buffers are donated, iteration after iteration.
     ref_params = jax.device_put(jax.tree.map(jnp.copy, decoder), shardings.ref_params)
     state = jax.device_put(state, shardings.state)
-    step = make_train_step(model, tx, config, sampling, shardings, judge if in_program else None)
-    reward = None if in_program else judge
-    return Setup(settings, tokenizer, prompts, model, sampling, shardings, state, ref_params, step, schedule, reward)
+    judge = judge._replace(params=jax.device_put(judge.params, shardings.judge_params))
+    step = make_train_step(model, tx, config, sampling, shardings, judge.score)
+    return Setup(
+        settings, tokenizer, prompts, model, sampling, shardings, state, ref_params, step, schedule, judge, gold
+    )
 
 
-def check_score(score: Any, settings: PPOExperiment) -> None:
-    """Tries a JAX score on shapes, without computing anything.
+def load_critic(settings: PPOExperiment, policy: ModelConfig) -> Params | None:
+    """The reward model that the critic starts as; None: a value head on the policy's trunk.
 
     Raises:
-        InputError: it fails, or does not return one number a sequence.
+        InputError: it cannot be used, or is not of the policy's shape.
     """
-    config = settings.ppo
-    size, length = config.batch_size, config.prompt_length + config.response_length
-
-    def try_out() -> jax.Array:
-        per_token = jnp.zeros((size, config.response_length))
-        tokens, mask = jnp.zeros((size, length), jnp.int32), jnp.ones((size, length), bool)
-        return score(Rollout(tokens=tokens, mask=mask, logprobs=per_token, values=per_token))
-
-    try:
-        shape = jax.eval_shape(try_out).shape
-    except Exception as error:  # the score is the user's, and may raise anything
-        raise InputError(f"config.reward: {settings.reward}: {type(error).__name__}: {error}") from error
-    check(f"config.reward: {settings.reward}: shape", shape, shape == (size,), f"({size},), one score a sequence")
+    name = settings.reward.removeprefix("model:") if settings.critic == "reward" else settings.critic
+    if not name:
+        return None
+    config, params = hub.load_reward_model(hub.resolve(name), dtype=policy.dtype)
+    ours, theirs = (dataclasses.asdict(dataclasses.replace(c, tie_embeddings=True)) for c in (policy, config))
+    differing = [f"{field}={theirs[field]}" for field in ours if ours[field] != theirs[field]]
+    check("config.critic", name, not differing, f"a reward model of the policy's shape; it has {', '.join(differing)}")
+    return jax.tree.map(jnp.asarray, params)
 
 
 def batch_of(setup: Setup, rows: np.ndarray) -> Prompts:
@@ -149,10 +155,10 @@ def texts_of(setup: Setup, rollout: Rollout) -> list[str]:
     return decode_responses(setup.tokenizer, tokens, mask, setup.sampling.max_new_tokens)
 
 
-def judge_on_host(setup: Setup, rows: np.ndarray, responses: list[str]) -> np.ndarray:
-    """Scores `[B]` by the host reward."""
+def judge_on_host(setup: Setup, reward: HostReward, rows: np.ndarray, responses: list[str]) -> np.ndarray:
+    """Scores `[B]` by a host reward."""
     texts, columns = setup.prompts.texts, setup.prompts.columns
-    return call_reward(setup.reward, [texts[i] for i in rows], responses, [columns[i] for i in rows])
+    return call_reward(reward, [texts[i] for i in rows], responses, [columns[i] for i in rows])
 
 
 def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainState, dict[str, float], Rollout, Any]:
@@ -163,18 +169,22 @@ def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainSta
     """
     batch, clock = batch_of(setup, rows), _Stopwatch()
     if setup.step.iterate:
-        state, metrics, rollout, scores = setup.step.iterate(state, setup.ref_params, batch)
+        state, metrics, rollout, scores = setup.step.iterate(state, setup.ref_params, batch, setup.judge.params)
         check_scores(setup.settings.reward, jax.device_get(scores), [setup.prompts.texts[i] for i in rows])
     else:
         rollout = jax.block_until_ready(setup.step.act(state, batch))
         clock.lap("time/generate_s")
-        scores = judge_on_host(setup, rows, texts_of(setup, rollout))
+        scores = judge_on_host(setup, setup.judge.host, rows, texts_of(setup, rollout))
         clock.lap("time/score_s")
         state, metrics = setup.step.learn(
             state, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch)
         )
     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}  # waits
     clock.lap("time/program_s" if setup.step.iterate else "time/learn_s")
+    if setup.gold:
+        gold = judge_on_host(setup, setup.gold, rows, texts_of(setup, rollout))
+        metrics["objective/gold"] = float(gold.mean())
+        clock.lap("time/gold_s")
     seconds = sum(clock.laps.values())
     config = setup.settings.ppo
     metrics["optim/lr"] = float(setup.schedule(int(state.step) * config.updates_per_iteration - 1))
@@ -303,9 +313,7 @@ def finish(setup: Setup, state: TrainState, workdir: Path, reached: int, stopped
         {"prompt": prompt, "before": old, "after": new}
         for prompt, old, new in zip(setup.prompts.texts, answers_before, answers_after, strict=False)
     ]
-    atomic_write(
-        workdir / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    )
+    write_jsonl(workdir / "responses.jsonl", rows)
     results = {
         "iterations": int(state.step),
         "reached": reached,
@@ -327,16 +335,21 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[st
     size = setup.settings.ppo.batch_size
     num_batches = -(-min(setup.settings.eval_prompts, len(setup.prompts.texts)) // size)
     place = partial(jax.device_put, device=setup.shardings.replicated)
-    all_scores, all_metrics, answers = [], [], []
+    all_scores, all_gold, all_metrics, answers = [], [], [], []
     for number in range(num_batches):
         rows = np.arange(number * size, (number + 1) * size) % len(setup.prompts.texts)
         at = state.replace(key=place(jax.random.key(2**31 - 1)), step=place(jnp.int32(number)))
         rollout = setup.step.act(at, batch_of(setup, rows))
         responses = texts_of(setup, rollout)
-        scores = setup.step.score(rollout) if setup.step.score else judge_on_host(setup, rows, responses)
+        if setup.step.score:
+            scores = setup.step.score(setup.judge.params, rollout)
+        else:
+            scores = judge_on_host(setup, setup.judge.host, rows, responses)
         measured = setup.step.measure(at, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch))
         all_metrics.append(jax.device_get(measured))
         all_scores.append(np.asarray(scores))
+        if setup.gold:
+            all_gold.append(judge_on_host(setup, setup.gold, rows, responses))
         answers += responses
     scores = np.concatenate(all_scores)
     mean = {
@@ -351,6 +364,7 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[st
         "length": mean["length"],
         "eos_frac": mean["eos_frac"],
         "num_responses": len(scores),
+        "gold": float(np.mean(all_gold)) if all_gold else None,
     }, answers
 
 
@@ -359,7 +373,7 @@ def dry_run(settings: PPOExperiment) -> None:
     setup = prepare(settings)
     batch = batch_of(setup, np.zeros(setup.settings.ppo.batch_size, int))
     if setup.step.iterate:
-        programs = {"iterate": setup.step.iterate.lower(setup.state, setup.ref_params, batch)}
+        programs = {"iterate": setup.step.iterate.lower(setup.state, setup.ref_params, batch, setup.judge.params)}
     else:
         rollout = jax.eval_shape(setup.step.act, setup.state, batch)
         scores = jax.ShapeDtypeStruct((setup.settings.ppo.batch_size,), jnp.float32)

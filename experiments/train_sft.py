@@ -3,7 +3,8 @@
     python experiments/train_sft.py --config=experiments/configs/sft_reviews.py --workdir=runs/sft_reviews
 
 The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end model/ (a Hugging Face
-folder), curves.png and results.json. The same command again goes on where the run stopped.
+folder), curves.png and results.json. The same command again goes on where the run stopped. With `config.patience`
+training stops when the held-out loss no longer falls, and model/ is the one with the lowest; best/ holds its state.
 """
 
 import dataclasses
@@ -22,9 +23,11 @@ from experiments import cli
 from experiments.results import SFT_COLUMNS, SFT_PANELS, print_costs
 from experiments.settings import SFTExperiment, tracker_names
 from ppo_jax import hub
-from ppo_jax.data import ExampleSet, batch_indices, load_examples
-from ppo_jax.errors import InputError, check
-from ppo_jax.metrics import Reporter, check_trackers, make_writers
+from ppo_jax.checkpoint import Checkpointer
+from ppo_jax.data import batch_indices
+from ppo_jax.errors import check
+from ppo_jax.examples import ExampleSet, Texts, load_examples, make_rows
+from ppo_jax.metrics import Reporter, check_trackers, make_writers, read_jsonl
 from ppo_jax.models import Decoder
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
@@ -70,11 +73,13 @@ def prepare(settings: SFTExperiment) -> Setup:
         model_config = settings.architecture.model_config(len(tokenizer), settings.dtype)
     check("config.length", settings.length, settings.length <= model_config.max_positions,
           f"at most the model's {model_config.max_positions} positions")  # fmt: skip
-    examples = load_examples(settings.data, tokenizer, special, settings.length, settings.data_split)
+    texts = load_examples(settings.data, tokenizer, special, settings.length, settings.data_split)
     if settings.heldout:
-        heldout = load_examples(settings.heldout, tokenizer, special, settings.length, settings.heldout_split)
+        heldout_texts = load_examples(settings.heldout, tokenizer, special, settings.length, settings.heldout_split)
     else:
-        examples, heldout = split_off(examples, settings.heldout_frac)
+        texts, heldout_texts = split_off(texts, settings.heldout_frac)
+    examples = make_rows(texts, settings.length, special.pad_id, settings.pack)
+    heldout = make_rows(heldout_texts, settings.length, special.pad_id, settings.pack)
     check_vocabulary(special, examples.tokens, model_config.vocab_size)
     check_vocabulary(special, heldout.tokens, model_config.vocab_size)
     check_trackers(tracker_names(settings.trackers))
@@ -83,8 +88,8 @@ def prepare(settings: SFTExperiment) -> Setup:
     check(
         "config.batch_size",
         settings.batch_size,
-        settings.batch_size % shares == 0,
-        f"a multiple of mesh data x fsdp ({shares})",
+        settings.batch_size % (shares * settings.accumulation) == 0,
+        f"a multiple of mesh data x fsdp ({shares}) x accumulation ({settings.accumulation})",
     )
 
     model = Decoder(model_config)
@@ -94,7 +99,7 @@ def prepare(settings: SFTExperiment) -> Setup:
     tx = make_optimizer(schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     state = init_sft_state(params, tx, key)
     shardings = make_shardings(mesh, state)
-    step = make_sft_step(model, tx, shardings)
+    step = make_sft_step(model, tx, shardings, settings.accumulation)
     state = jax.device_put(state, shardings.state)
     return Setup(settings, tokenizer, special, examples, heldout, model, shardings, state, step, schedule)
 
@@ -105,30 +110,29 @@ def new_params(model: Decoder, key: jax.Array) -> Params:
     return jax.jit(model.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
 
 
-def split_off(examples: ExampleSet, share: float) -> tuple[ExampleSet, ExampleSet]:
-    """The first rows to train on, the last `share` of them (at least one) held out.
+def split_off(texts: Texts, share: float) -> tuple[Texts, Texts]:
+    """The first texts to train on, the last `share` of them (at least one) held out.
 
     Raises:
-        InputError: fewer than two rows.
+        InputError: fewer than two texts.
     """
-    total = len(examples.tokens)
-    check("config.data", total, total >= 2, "at least two rows, one of them held out")
-    cut = min(total - 1, math.floor(total * (1 - share)))
-
-    def rows(where: slice) -> ExampleSet:
-        return ExampleSet(examples.tokens[where], examples.mask[where], examples.target_mask[where], examples.num_cut)
-
-    return rows(slice(0, cut)), rows(slice(cut, None))
+    check("config.data", len(texts), len(texts) >= 2, "at least two texts to learn from, one of them held out")
+    cut = min(len(texts) - 1, math.floor(len(texts) * (1 - share)))
+    return texts[:cut], texts[cut:]
 
 
 def batch_of(setup: Setup, examples: ExampleSet, rows: np.ndarray) -> Examples:
     """These rows, on their devices."""
-    fields = Examples(examples.tokens[rows], examples.mask[rows], examples.target_mask[rows])
+    fields = Examples(examples.tokens[rows], examples.segments[rows], examples.target_mask[rows])
     return jax.device_put(fields, setup.shardings.batch)
 
 
 def heldout_loss(setup: Setup, params: Params) -> float:
-    """Mean negative log-likelihood of the held-out targets, nats a token."""
+    """Mean negative log-likelihood of the held-out targets, nats a token.
+
+    Raises:
+        InputError: it is not finite.
+    """
     size, total = setup.settings.batch_size, len(setup.heldout.tokens)
     loss, count = 0.0, 0
     for start in range(0, total, size):
@@ -138,10 +142,33 @@ def heldout_loss(setup: Setup, params: Params) -> float:
         batch = batch.replace(target_mask=batch.target_mask & (rows < total)[:, None])
         batch_loss, batch_count = setup.step.measure(params, batch)
         loss, count = loss + float(batch_loss), count + int(batch_count)
+    check("held-out loss", loss / count, math.isfinite(loss), "a finite number: lower config.lr")
     return loss / count
 
 
-def train(setup: Setup, workdir: Path) -> dict[str, float]:
+def heldout_metrics(loss: float) -> dict[str, float]:
+    """The held-out loss, and its perplexity (at most e^700: a float ends soon after)."""
+    return {"heldout/loss": loss, "heldout/perplexity": math.exp(min(loss, 700.0))}
+
+
+def logged_losses(workdir: Path) -> dict[int, float]:
+    """The held-out losses that are logged, by the number of steps before each."""
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    return {row["iteration"] + 1: row["heldout/loss"] for row in rows if "heldout/loss" in row}
+
+
+def lowest(losses: dict[int, float]) -> int | None:
+    """The step with the lowest loss, the first of equals; None when there is none."""
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def is_over(losses: dict[int, float], patience: int) -> bool:
+    """Whether the last `patience` held-out losses were no improvement; never, when it is 0."""
+    best = lowest(losses)
+    return patience > 0 and best is not None and sum(step > best for step in losses) >= patience
+
+
+def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     """Trains to the last step, from the newest checkpoint if the workdir has one, and writes the results.
 
     Returns:
@@ -150,73 +177,120 @@ def train(setup: Setup, workdir: Path) -> dict[str, float]:
     Raises:
         InputError: the workdir holds another run, or the loss is no longer finite.
     """
-    settings = setup.settings
+    settings, total = setup.settings, setup.settings.num_steps
     may_change = (*MAY_CHANGE, "num_steps") if settings.lr_schedule == "constant" else MAY_CHANGE
-    checkpoints, state = resume(
-        workdir,
-        dataclasses.asdict(settings),
-        may_change,
-        setup.state,
-        settings.num_steps,
-        settings.checkpoints_to_keep,
-    )
-    start = int(state.step)
-    results = workdir / "results.json"
-    if start == settings.num_steps and results.exists() and json.loads(results.read_text())["steps"] == start:
-        return json.loads(results.read_text())
-    trackers = tracker_names(settings.trackers)
-    writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
-    with writers, Reporter(settings.num_steps, start, SFT_COLUMNS, label="step") as reporter:
-        announce(setup, reporter, start)
+    config = dataclasses.asdict(settings)
+    checkpoints, state = resume(workdir, config, may_change, setup.state, total, settings.checkpoints_to_keep)
+    done = int(state.step)
+    if (saved := finished(workdir, done, total)) is not None:
+        return saved
+    writers = make_writers(workdir, tracker_names(settings.trackers), config, workdir.name, start_step=done)
+    with writers, Reporter(total, done, SFT_COLUMNS, label="step") as reporter:
+        announce(setup, reporter, done)
+        losses = logged_losses(workdir)
+        keep_best(settings, workdir, state, losses)  # a kill may have come between the two checkpoints of a step
         began, tokens = time.perf_counter(), 0
-        for number in range(start, settings.num_steps):
-            rows = batch_indices(len(setup.examples.tokens), settings.batch_size, number, settings.seed)
+        while done < total and not is_over(losses, settings.patience):
+            rows = batch_indices(len(setup.examples.tokens), settings.batch_size, done, settings.seed)
             state, metrics = setup.step.learn(state, batch_of(setup, setup.examples, rows))
-            tokens += int(setup.examples.mask[rows].sum())
-            done = number + 1
-            last = done == settings.num_steps
-            row = {}
-            saves = last or done % settings.checkpoint_every == 0
-            if saves or done % settings.log_every == 0:
-                row = {name: float(x) for name, x in metrics.items()}  # waits
-                seconds = time.perf_counter() - began
-                row |= {"optim/lr": float(setup.schedule(number)), "time/tokens_per_s": tokens / seconds}
-                if not math.isfinite(row["sft/loss"]):
-                    raise InputError(
-                        f"step {number}: sft/loss: got {row['sft/loss']}, expected a finite number: lower config.lr"
-                    )
-                began, tokens = time.perf_counter(), 0
-            if last or done % settings.eval_every == 0:
-                loss = heldout_loss(setup, state.params)
-                row |= {"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
-            if row:
-                writers.write(number, row)
-                reporter.update(number, row)
-            if saves:
+            tokens += int(np.sum(setup.examples.segments[rows] > 0))
+            done += 1
+            logs, evaluates, saves = (
+                done == total or done % every == 0
+                for every in (settings.log_every, settings.eval_every, settings.checkpoint_every)
+            )
+            if not (logs or evaluates or saves):
+                continue
+            row = {name: float(x) for name, x in metrics.items()}  # waits
+            row |= {
+                "optim/lr": float(setup.schedule(done - 1)),
+                "time/tokens_per_s": tokens / (time.perf_counter() - began),
+            }
+            refuse_non_finite(row, done - 1)
+            if evaluates:
+                losses[done] = heldout_loss(setup, state.params)
+                row |= heldout_metrics(losses[done])
+            writers.write(done - 1, row)
+            reporter.update(done - 1, row)
+            if saves or (settings.patience and evaluates):
                 checkpoints.save(state)
+                keep_best(settings, workdir, state, losses)
+            began, tokens = time.perf_counter(), 0
+        if done < total:
+            reporter.print(f"stopped: the held-out loss was lowest after step {lowest(losses)} of {done}")
     checkpoints.close()
     return finish(setup, state, workdir)
 
 
+def finished(workdir: Path, done: int, total: int) -> dict[str, Any] | None:
+    """The results of a run that has nothing left to do; None for any other."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"steps": None}
+    return results if results["steps"] == done and (done == total or results["stopped"]) else None
+
+
+def refuse_non_finite(row: dict[str, float], step: int) -> None:
+    """Ends a run whose loss is no longer a number.
+
+    Raises:
+        InputError: names the step.
+    """
+    loss = row["sft/loss"]
+    check(f"step {step}: sft/loss", loss, math.isfinite(loss), "a finite number: lower config.lr")
+
+
+def keep_best(settings: SFTExperiment, workdir: Path, state: TrainState, losses: dict[int, float]) -> None:
+    """Saves a state in best/ that has the lowest held-out loss so far, when training is to stop at the lowest.
+
+    Only after its checkpoint: a restart from there finds in best/ what the losses up to there call the best.
+    """
+    if settings.patience and lowest(losses) == int(state.step):
+        best = Checkpointer(workdir / "best", max_to_keep=1)
+        best.save(state)
+        best.close()
+
+
+def load_best(workdir: Path, like: TrainState, step: int | None) -> TrainState:
+    """The state in best/.
+
+    Raises:
+        InputError: it is another one, or none.
+    """
+    best = Checkpointer(workdir / "best", max_to_keep=1)
+    state = best.restore(like)
+    best.close()
+    check(f"{workdir / 'best'}: step", int(state.step), int(state.step) == step, f"{step}, by metrics.jsonl")
+    return state
+
+
 def announce(setup: Setup, reporter: Reporter, start: int) -> None:
     """Says what is about to run, and what happened to the texts."""
-    examples = setup.examples
+    examples, length = setup.examples, setup.settings.length
+    rows = f"in {len(examples.tokens):,} rows of {length} tokens, {examples.filled:.0%} filled"
     reporter.print(
-        f"model: {count_parameters(setup.state.params):,} parameters; {len(examples.tokens):,} texts of at most "
-        f"{setup.settings.length} tokens ({examples.num_cut} cut), {len(setup.heldout.tokens):,} held out"
+        f"model: {count_parameters(setup.state.params):,} parameters; {examples.num_texts:,} texts {rows} "
+        f"({examples.num_cut:,} cut, {examples.num_dropped:,} left out); {setup.heldout.num_texts:,} held out"
         + (f"; going on after step {start}" if start else "")
     )
 
 
-def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, float]:
-    """Exports the model, draws the curves, and measures the held-out perplexity."""
+def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, Any]:
+    """Exports the model, draws the curves, and measures the held-out perplexity.
+
+    Returns:
+        What stands in results.json: `steps` done, `best_step` with the lowest held-out loss, whether training `stopped`
+        there, and the held-out loss and perplexity of the exported model: the best one with `patience`, else the last.
+    """
+    steps, best_step = int(state.step), lowest(logged_losses(workdir))
+    if setup.settings.patience:
+        state = load_best(workdir, state, best_step)
     params, special = jax.device_get(state.params), setup.special
     hub.save(
         workdir / "model", params, setup.model.config, setup.tokenizer, eos_ids=special.eos_ids, pad_id=special.pad_id
     )
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", SFT_PANELS, title=workdir.name)
-    loss = heldout_loss(setup, state.params)
-    results = {"steps": int(state.step), "heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
+    results = {"steps": steps, "best_step": best_step, "stopped": steps < setup.settings.num_steps}
+    results |= heldout_metrics(heldout_loss(setup, state.params))
     write_json(workdir / "results.json", results)
     return results
 

@@ -1,7 +1,11 @@
-"""Data in: JSONL files or Hugging Face datasets, token arrays padded as the model wants them, and their order."""
+"""Data in: rows of JSONL and Parquet files or Hugging Face datasets, prompts padded for a model, the order of rows."""
 
+import contextlib
 import dataclasses
+import gzip
+import itertools
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.errors import InputError, check
-from ppo_jax.tokenizers import SpecialTokens, TokenizerError, encode_prompt, render_chat
+from ppo_jax.tokenizers import TokenizerError, encode_pieces, render_chat
 
+FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+MAX_LINE_BYTES = 16 * 2**20  # of a JSONL file; a longer one is no row but a mistake
 LONG_PROMPTS = ("drop", "keep_start", "keep_end")
 PROMPT_COLUMNS = ("prompt", "messages", "text")
 
@@ -21,47 +27,82 @@ class DataError(InputError):
 
 
 def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
-    """All rows of a JSONL file, or of a Hugging Face dataset.
+    """All rows of a JSONL or Parquet file, or of a Hugging Face dataset.
 
     Args:
-        source: path of a `.jsonl` (or `.json` lines) file, or `name` / `org/name` of a dataset on the hub.
-        split: of the hub dataset; a file has none.
+        source: path of a JSONL file (which may be gzipped: `.gz`) or of a `.parquet` file; or `name` / `org/name` of a
+            dataset on the hub, or a folder that holds one.
+        split: of the dataset; a file has none.
 
     Returns:
         At least one row.
 
     Raises:
-        DataError: no such file or dataset, a line that is not a JSON object (with file and line number), no rows.
+        DataError: no such file or dataset; a line that is not a JSON object, or is longer than 16 MiB (with file and
+            line number); a damaged file; no rows.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        rows = list(_jsonl_rows(path))
-    elif path.suffix in (".jsonl", ".json") or path.exists() or source.startswith((".", "/", "~")) or not source:
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else list(_jsonl_rows(path))
+    elif source and path.is_dir():
+        rows = _dataset_rows(str(path), split)
+    elif path.suffix in FILE_SUFFIXES or path.exists() or source.startswith((".", "/", "~")) or not source:
         raise DataError(
-            f"{source or 'data source'}: no such file; expected a JSONL file or the name of a Hugging Face dataset"
+            f"{source or 'data source'}: no such file; "
+            "expected a JSONL or Parquet file, or the name of a Hugging Face dataset"
         )
     else:
-        rows = _hub_rows(source, split)
+        rows = _dataset_rows(source, split)
     if not rows:
         raise DataError(f"{source}: it is empty; expected at least one row")
     return rows
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long to be one
+            raise DataError(f"{path}:{number}: broken line: {_reason(error)}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: got a JSON {type(row).__name__}, expected an object")
+        yield row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, of which none is read that does not fit into memory."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number in itertools.count(1):
             try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long to be one
-                raise DataError(f"{path}:{number}: broken line: {str(error).splitlines()[0]}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: got a JSON {type(row).__name__}, expected an object")
-            yield row
+                line = file.readline(MAX_LINE_BYTES + 1)
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{path}:{number}: cannot be read: {_reason(error)}") from error
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(f"{path}:{number}: line of more than {MAX_LINE_BYTES >> 20} MiB, expected shorter ones")
+            if not line:
+                return
+            yield line
 
 
-def _hub_rows(name: str, split: str) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f'{path}: Parquet files need the "data" extra: pip install "ppo_jax[data]"') from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read().to_pylist()
+    except Exception as error:  # the library raises many types for a damaged file
+        raise DataError(f"{path}: it cannot be read as Parquet: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _dataset_rows(name: str, split: str) -> list[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -69,8 +110,8 @@ def _hub_rows(name: str, split: str) -> list[dict[str, Any]]:
     try:
         return datasets.load_dataset(name, split=split).to_list()
     except Exception as error:  # the library raises many types for "not found" and "no network"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name}: no such file, and no such Hugging Face dataset could be loaded: {reason}") from error
+        told = f"no such file, and no such Hugging Face dataset could be loaded: {_reason(error)}"
+        raise DataError(f"{name}: {told}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +155,13 @@ def load_prompts(
     rows = load_rows(source, split)
     ids, texts, columns, num_dropped, num_cut = [], [], [], 0, 0
     for number, row in enumerate(rows, start=1):
-        prompt, others = _take_prompt(row, f"{source}: row {number}")
-        tokens = _encode(tokenizer, prompt, f"{source}: row {number}")
+        where = f"{source}: row {number}"
+        prompt, others = take_prompt(row, where)
+        with told_at(where):
+            text = prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt)
+            (tokens,) = encode_pieces(tokenizer, [text], is_chat=not isinstance(prompt, str))
         if not tokens:
-            raise DataError(f"{source}: row {number}: the prompt is empty; expected at least one token")
-        text = prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt)
+            raise DataError(f"{where}: the prompt is empty; expected at least one token")
         if len(tokens) > prompt_length:
             if long_prompts == "drop":
                 num_dropped += 1
@@ -138,75 +181,50 @@ def load_prompts(
     return PromptSet(tokens, mask, texts, columns, num_dropped, num_cut)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list, where: str) -> list[int]:
+@contextlib.contextmanager
+def told_at(where: str) -> Iterator[None]:
+    """Puts the place of a row in front of what its text is refused for."""
     try:
-        return encode_prompt(tokenizer, prompt)
+        yield
     except TokenizerError as error:
         raise TokenizerError(f"{where}: {error}") from error
 
 
-def _take_prompt(row: dict[str, Any], where: str) -> tuple[str | list, dict[str, Any]]:
+def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Chat messages as a template expects them.
+
+    Fields that are null are left out: Parquet fills each message of a column up with the fields of all others.
+
+    Raises:
+        DataError: not a list of messages, each with a role and content (or calls of tools).
+    """
+    if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
+        raise DataError(f"{where}: got {type(value).__name__}, expected text or a list of chat messages")
+    turns = [{name: field for name, field in turn.items() if field is not None} for turn in value]
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
+            found = ", ".join(turn) or "nothing"
+            raise DataError(f"{where}: message {number}: got {found}, expected role and content")
+    return turns
+
+
+def take_prompt(row: dict[str, Any], where: str) -> tuple[str | list, dict[str, Any]]:
+    """The prompt of a row, and its other columns.
+
+    Raises:
+        DataError: no prompt, or one that is neither text nor chat messages.
+    """
     for name in PROMPT_COLUMNS:
         if name in row:
             prompt = row[name]
-            is_chat = isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)
-            if not isinstance(prompt, str) and not is_chat:
-                raise DataError(
-                    f"{where}: column {name!r}: got {type(prompt).__name__}, expected text or a list of chat messages"
-                )
-            if name == "messages" and is_chat and prompt[-1].get("role") == "assistant":
-                prompt = prompt[:-1]  # a whole conversation; its last answer is what the policy is to find
+            if not isinstance(prompt, str):
+                prompt = as_messages(prompt, f"{where}: column {name!r}")
+                if name == "messages" and prompt[-1]["role"] == "assistant":
+                    prompt = prompt[:-1]  # a whole conversation; its last answer is what the policy is to find
+                    if not prompt:
+                        raise DataError(f"{where}: column {name!r}: got an answer only, expected what it answers")
             return prompt, {key: value for key, value in row.items() if key != name}
     raise DataError(f"{where}: got columns {', '.join(row) or 'none'}, expected one of {', '.join(PROMPT_COLUMNS)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExampleSet:
-    """Texts ready to be batched for supervised learning; fields as in `types.Examples`, over all rows."""
-
-    tokens: np.ndarray  # [num, S] int32, padded right
-    mask: np.ndarray  # [num, S] bool
-    target_mask: np.ndarray  # [num, S] bool
-    num_cut: int  # texts longer than S tokens, of which the end was left out
-
-
-def load_examples(
-    source: str, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, length: int, split: str = "train"
-) -> ExampleSet:
-    """Reads texts (`text`), or prompts with completions (`prompt`, `completion`), and ends each with EOS.
-
-    With a prompt, only the completion and its EOS are targets.
-
-    Args:
-        source: see `load_rows`.
-        tokenizer: of the model.
-        special: pad and EOS.
-        length: S, slots for a text; what is longer is cut at its end.
-        split: see `load_rows`.
-
-    Raises:
-        DataError: a row with neither `text` nor `prompt` and `completion`.
-    """
-    ids, prompt_sizes = [], []
-    for number, row in enumerate(load_rows(source, split), start=1):
-        if isinstance(row.get("text"), str):
-            prompt, text = "", row["text"]
-        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            prompt, text = row["prompt"], row["prompt"] + row["completion"]
-        else:
-            raise DataError(
-                f"{source}: row {number}: got columns {', '.join(row) or 'none'}, expected text or prompt, completion"
-            )
-        where = f"{source}: row {number}"
-        ids.append([*_encode(tokenizer, text, where), special.eos_ids[0]])
-        prompt_sizes.append(len(_encode(tokenizer, prompt, where)) if prompt else 0)
-    tokens, mask = pad([row[:length] for row in ids], length, special.pad_id, side="right")
-    target_mask = mask & (np.arange(length)[None, :] >= np.array(prompt_sizes)[:, None])
-    if not target_mask[:, 1:].any():
-        raise DataError(
-            f"{source}: no completion begins within {length} tokens, so there is nothing to learn; raise the length"
-        )
-    return ExampleSet(tokens, mask, target_mask, num_cut=sum(len(row) > length for row in ids))
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:

@@ -86,3 +86,46 @@ def next_token_loss(logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, Me
     chex.assert_equal_shape([logprobs, mask])
     loss = -masked_mean(logprobs, mask)
     return loss, {"perplexity": jnp.exp(loss)}
+
+
+def ranking_loss(scores: jax.Array, ranks: jax.Array, margin: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Negative log-likelihood of rankings: the best is chosen from all, the next from what is left, and so on.
+
+    loss = -mean sum_i log softmax_{j: rank_j >= rank_i} (s_j + margin [rank_j > rank_i])_i
+
+    over the texts i that are not among the last. One formula for three kinds of judgement: with two texts it is
+    Bradley-Terry's -log sigmoid(s_1 - s_2 - margin); with ranks 1, 2, 2, ..., 2 the softmax of one choice out of C;
+    with a full ranking Plackett-Luce's. Of tied texts each is chosen from all of them (Breslow's treatment of ties); a
+    comparison in which all tie says nothing and costs nothing.
+
+    Args:
+        scores: `[B, C]` float32.
+        ranks: `[B, C]` int: 1 is best, 0 is no text.
+        margin: `[B]` float32, >= 0, in units of the score.
+
+    Returns:
+        (loss `[]` in nats per comparison, metrics): `accuracy`, the fraction of strictly ordered pairs that the scores
+        order alike (equal scores count half).
+
+    Source: Bradley and Terry 1952; Plackett 1975; Ziegler et al. 2019, arXiv:1909.08593, equation 1 (one choice of
+    four); Touvron et al. 2023, arXiv:2307.09288, equation 2 (margin).
+    """
+    chex.assert_equal_shape([scores, ranks])
+    chex.assert_shape(margin, scores.shape[:1])
+    present = ranks > 0
+    last = jnp.max(ranks, axis=1, keepdims=True)
+    worse = (ranks[:, None, :] > ranks[:, :, None]) & present[:, :, None]  # [B, C, C]: j is worse than i
+    rivals = (ranks[:, None, :] >= ranks[:, :, None]) & present[:, :, None] & present[:, None, :]
+    against = scores[:, None, :] + jnp.where(worse, margin[:, None, None], 0.0)
+    normalizer = jax.nn.logsumexp(against, axis=2, where=rivals | ~present[:, :, None])
+    losses = jnp.sum(jnp.where(present & (ranks < last), normalizer - scores, 0.0), axis=1)
+    difference = scores[:, :, None] - scores[:, None, :]
+    right = (difference > 0) + 0.5 * (difference == 0)
+    return jnp.mean(losses), {"accuracy": masked_mean(right, worse)}
+
+
+def rating_loss(scores: jax.Array, targets: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Half the mean squared error of scores `[B]` against what people said, `[B]`; metrics: `rmse`, its root."""
+    chex.assert_equal_shape([scores, targets])
+    error = jnp.mean(jnp.square(scores - targets))
+    return 0.5 * error, {"rmse": jnp.sqrt(error)}

@@ -14,6 +14,7 @@ Sources: Ziegler et al. 2019 (arXiv:1909.08593) for the KL-shaped reward and one
 al. 2017 (arXiv:1707.06347) for the clipped loss; Huang et al. 2024, "The N Implementation Details of RLHF with PPO".
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -36,8 +37,8 @@ from ppo_jax.types import Experience, Metrics, Params, Prompts, Rollout, TrainSt
 
 Tree = TypeVar("Tree")
 
-Score = Callable[[Rollout], jax.Array]
-"""A judge in pure JAX: a rollout to scores `[B]`."""
+Score = Callable[[Params, Rollout], jax.Array]
+"""A judge in pure JAX: its parameters (a reward model's; `()` if it has none) and a rollout, to scores `[B]`."""
 
 
 def policy_sampling(config: PPOConfig, eos_ids: tuple[int, ...], pad_id: int) -> SamplingConfig:
@@ -54,6 +55,12 @@ def policy_sampling(config: PPOConfig, eos_ids: tuple[int, ...], pad_id: int) ->
 def minibatches(batch: Tree, num: int) -> Tree:
     """`[B, ...]` to `[num, B / num, ...]` in every leaf; part i has rows i, i + num, ..., so some of every device's."""
     return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def by_minibatch(function: Callable[[Rollout], jax.Array], rollout: Rollout, num: int) -> jax.Array:
+    """A function of a rollout, `[B, R]`, a minibatch at a time: acting never needs more memory than learning."""
+    parts = jax.lax.map(function, minibatches(rollout, num))
+    return parts.swapaxes(0, 1).reshape(rollout.response_mask.shape)  # the rows back in their places
 
 
 def response_hidden(model: ActorCritic | Decoder, params: Params, rollout: Rollout) -> jax.Array:
@@ -79,6 +86,29 @@ def response_logprobs(
         return policy_logits(model.apply({"params": params}, hidden, method="logits"), positions, sampling)
 
     return chunked_logprobs_and_entropy(project, hidden, rollout.response_tokens)
+
+
+def act(
+    model: ActorCritic, params: Params, prompts: Prompts, key: jax.Array, config: PPOConfig, sampling: SamplingConfig
+) -> Rollout:
+    """Samples responses, with the critic's value of every state: the value head reads the policy's trunk on the way, a
+    critic with a trunk of its own (`params["critic"]`) reads the finished rollout.
+    """
+    rollout = generate(model, params, prompts, key, sampling)
+    if "critic" not in params:
+        return rollout
+    values = by_minibatch(lambda part: critic_values(model, params, part), rollout, config.num_minibatches)
+    return rollout.replace(values=jnp.where(rollout.response_mask, values, 0.0))
+
+
+def critic_values(model: ActorCritic, params: Params, rollout: Rollout) -> jax.Array:
+    """Value of the state before each response token, `[B, R]` float32, by a critic with a trunk of its own.
+
+    The trunk has the policy's shape; it has no vocabulary projection.
+    """
+    trunk = Decoder(dataclasses.replace(model.config, tie_embeddings=True))
+    hidden = response_hidden(trunk, params["critic"], rollout)
+    return model.apply({"params": params}, hidden, method="value")
 
 
 def make_experience(
@@ -112,9 +142,7 @@ def make_experience(
         hidden = response_hidden(reference, ref_params, part)
         return response_logprobs(reference, ref_params, hidden, part, sampling)[0]
 
-    # A minibatch at a time, as in training, so that acting never needs more memory than learning.
-    ref_logprobs = jax.lax.map(reference_logprobs, minibatches(rollout, config.num_minibatches))
-    ref_logprobs = ref_logprobs.swapaxes(0, 1).reshape(mask.shape)  # the rows back in their places
+    ref_logprobs = by_minibatch(reference_logprobs, rollout, config.num_minibatches)
     rewards = kl_shaped_rewards(scores, rollout.logprobs, ref_logprobs, mask, kl_coef, config.kl_estimator)
     discounts = jnp.where(mask & ~is_last(mask), config.gamma, 0.0)  # a response that was cut has ended as well
     values = jnp.pad(rollout.values, ((0, 0), (0, 1)))  # nothing follows, so the bootstrap value is never read
@@ -146,7 +174,7 @@ def collect(
     params: Params,
     ref_params: Params,
     prompts: Prompts,
-    score: Score,
+    score: Callable[[Rollout], jax.Array],
     key: jax.Array,
     kl_coef: jax.Array,
     config: PPOConfig,
@@ -157,7 +185,7 @@ def collect(
     Returns:
         (experience, scores `[B]`, `objective/*` metrics).
     """
-    rollout = generate(model, params, prompts, key, sampling)
+    rollout = act(model, params, prompts, key, config, sampling)
     scores = score(rollout)
     experience, metrics = make_experience(model, ref_params, rollout, scores, kl_coef, config, sampling)
     return experience, scores, metrics
@@ -174,7 +202,10 @@ def ppo_loss(
     mask = batch.response_mask
     hidden = response_hidden(model, params, batch)
     logprobs, entropy = response_logprobs(model, params, hidden, batch, sampling)
-    values = model.apply({"params": params}, hidden, method="value")
+    if "critic" in params:
+        values = critic_values(model, params, batch)
+    else:
+        values = model.apply({"params": params}, hidden, method="value")
     policy_loss, policy = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, mask, config.clip_eps)
     value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, config.value_clip_eps)
     mean_entropy = masked_mean(entropy, mask)
@@ -230,11 +261,11 @@ def update(
 class TrainStep(NamedTuple):
     """The compiled programs of an iteration.
 
-    With a score in pure JAX the whole iteration is one program, `iterate(state, ref_params, prompts) -> (state,
-    metrics, experience, scores)`. With a score on the host `iterate` and `score` are None, and the caller runs
+    With a score in pure JAX the whole iteration is one program, `iterate(state, ref_params, prompts, judge_params) ->
+    (state, metrics, experience, scores)`. With a score on the host `iterate` and `score` are None, and the caller runs
     `act(state, prompts) -> rollout`, scores it, and `learn(state, ref_params, rollout, scores) -> (state, metrics)`.
     The state that goes into `iterate` and `learn` is donated: use the one that comes out. `measure(state, ref_params,
-    rollout, scores) -> metrics` and `score(rollout) -> scores` look at a rollout without learning from it.
+    rollout, scores) -> metrics` and `score(judge_params, rollout) -> scores` only look at a rollout.
     """
 
     act: Wrapped
@@ -275,8 +306,8 @@ def make_train_step(
         """One key to act and one to learn, different in every iteration and the same after a resume."""
         return jax.random.split(jax.random.fold_in(state.key, state.step))
 
-    def act(state: TrainState, prompts: Prompts) -> Rollout:
-        return generate(model, state.params, prompts, keys(state)[0], sampling)
+    def act_once(state: TrainState, prompts: Prompts) -> Rollout:
+        return act(model, state.params, prompts, keys(state)[0], config, sampling)
 
     def improve(state: TrainState, experience: Experience, metrics: Metrics) -> tuple[TrainState, Metrics]:
         params, opt_state, update_metrics = update(
@@ -297,16 +328,24 @@ def make_train_step(
         return improve(state, experience, metrics)
 
     def iterate(
-        score: Score, state: TrainState, ref_params: Params, prompts: Prompts
+        score: Score, state: TrainState, ref_params: Params, prompts: Prompts, judge_params: Params
     ) -> tuple[TrainState, Metrics, Experience, jax.Array]:
         experience, scores, metrics = collect(
-            model, state.params, ref_params, prompts, score, keys(state)[0], state.kl_coef, config, sampling
+            model,
+            state.params,
+            ref_params,
+            prompts,
+            partial(score, judge_params),
+            keys(state)[0],
+            state.kl_coef,
+            config,
+            sampling,
         )
         return *improve(state, experience, metrics), experience, scores
 
     at = shardings
     return TrainStep(
-        act=jax.jit(act, in_shardings=(at.state, at.batch), out_shardings=at.batch),
+        act=jax.jit(act_once, in_shardings=(at.state, at.batch), out_shardings=at.batch),
         learn=jax.jit(
             learn,
             in_shardings=(at.state, at.ref_params, at.batch, at.batch),
@@ -318,10 +357,10 @@ def make_train_step(
             in_shardings=(at.state, at.ref_params, at.batch, at.batch),
             out_shardings=at.replicated,
         ),
-        score=jax.jit(score, in_shardings=(at.batch,), out_shardings=at.batch) if score else None,
+        score=jax.jit(score, in_shardings=(at.judge_params, at.batch), out_shardings=at.batch) if score else None,
         iterate=jax.jit(
             partial(iterate, score),
-            in_shardings=(at.state, at.ref_params, at.batch),
+            in_shardings=(at.state, at.ref_params, at.batch, at.judge_params),
             out_shardings=(at.state, at.replicated, at.batch, at.batch),
             donate_argnames="state",
         )
@@ -331,15 +370,31 @@ def make_train_step(
 
 
 def init_state(
-    decoder_params: Params, model: ActorCritic, tx: optax.GradientTransformation, config: PPOConfig, key: jax.Array
+    decoder_params: Params,
+    model: ActorCritic,
+    tx: optax.GradientTransformation,
+    config: PPOConfig,
+    key: jax.Array,
+    critic: Params | None = None,
 ) -> TrainState:
-    """A fresh train state: a pretrained decoder under a new value head.
+    """A fresh train state: a pretrained decoder with a critic.
 
-    The state takes `decoder_params` over, and a train step donates them with it: the reference needs a copy of its own.
+    The state takes the parameters over, and a train step donates them with it: the reference needs a copy of its own.
     Place the state by `make_shardings(mesh, state).state` before the first step, or that step compiles twice.
+
+    Args:
+        decoder_params: of the policy.
+        model: the actor-critic.
+        tx: the optimizer.
+        config: gives the first KL coefficient.
+        key: of the whole run.
+        critic: a reward model of the policy's shape, `{"decoder", "score_head"}`: the critic starts as that model, on
+            a trunk of its own (Stiennon et al. 2020). None: a value head of zeros on the policy's trunk.
     """
     head_key, key = jax.random.split(key)
     hidden = jnp.zeros((1, model.config.width))
     value_head = model.init(head_key, hidden, method="value")["params"]["value_head"]
     params = {"decoder": decoder_params, "value_head": value_head}
+    if critic is not None:
+        params |= {"critic": critic["decoder"], "value_head": value_head | critic["score_head"]}
     return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(config.kl_coef))

@@ -8,16 +8,24 @@ import optax
 from jax.stages import Wrapped  # what jax.jit returns
 
 from ppo_jax.losses import next_token_loss
-from ppo_jax.models import Decoder, causal_mask, positions_of
+from ppo_jax.models import Decoder, segment_mask, segment_positions
 from ppo_jax.numerics import chunked_logprobs_and_entropy
 from ppo_jax.sharding import Shardings
 from ppo_jax.types import Examples, Metrics, Params, TrainState
 
 
 def token_logprobs(model: Decoder, params: Params, batch: Examples) -> jax.Array:
-    """Log-probability of every token but the first given those before it, `[B, S - 1]` float32 nats."""
+    """Log-probability of every token but the first of each row, given those before it in its text.
+
+    Returns:
+        `[B, S - 1]` float32 nats; arbitrary (finite) where `predicted(batch)` is False.
+    """
     hidden, _ = model.apply(
-        {"params": params}, batch.tokens, positions_of(batch.mask), causal_mask(batch.mask), method="trunk"
+        {"params": params},
+        batch.tokens,
+        segment_positions(batch.segments),
+        segment_mask(batch.segments),
+        method="trunk",
     )
 
     def project(hidden: jax.Array, positions: jax.Array) -> jax.Array:
@@ -27,9 +35,19 @@ def token_logprobs(model: Decoder, params: Params, batch: Examples) -> jax.Array
     return chunked_logprobs_and_entropy(project, hidden[:, :-1], batch.tokens[:, 1:], chunk_size=32)[0]
 
 
+def predicted(batch: Examples) -> jax.Array:
+    """The targets that are learned, `[B, S - 1]` bool: those with a token of their own text before them."""
+    return batch.target_mask[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
+
+
 def sft_loss(params: Params, model: Decoder, batch: Examples) -> tuple[jax.Array, Metrics]:
     """Mean negative log-likelihood of the target tokens, and its `perplexity`."""
-    return next_token_loss(token_logprobs(model, params, batch), batch.target_mask[:, 1:])
+    return next_token_loss(token_logprobs(model, params, batch), predicted(batch))
+
+
+def microbatches(batch: Examples, num: int) -> Examples:
+    """`[B, ...]` to `[num, B / num, ...]`; part i has rows i, i + num, ..., so some of every device's."""
+    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 class SFTStep(NamedTuple):
@@ -43,27 +61,42 @@ class SFTStep(NamedTuple):
     measure: Wrapped
 
 
-def make_sft_step(model: Decoder, tx: optax.GradientTransformation, shardings: Shardings) -> SFTStep:
+def make_sft_step(
+    model: Decoder, tx: optax.GradientTransformation, shardings: Shardings, accumulation: int = 1
+) -> SFTStep:
     """One gradient step over a batch of examples, compiled over the mesh.
 
     Args:
         model: the decoder.
         tx: the optimizer, as `TrainState.opt_state` was made.
         shardings: where state and batches live.
+        accumulation: parts that a batch is cut into; one after the other they need the memory of one. The gradient is
+            that of the mean over all target tokens of the batch, however they fall into parts.
     """
 
     def learn(state: TrainState, batch: Examples) -> tuple[TrainState, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(sft_loss, has_aux=True)(state.params, model, batch)
+        num_targets = jnp.sum(predicted(batch))
+
+        def share_of_loss(params: Params, part: Examples) -> jax.Array:
+            return sft_loss(params, model, part)[0] * (jnp.sum(predicted(part)) / jnp.maximum(num_targets, 1))
+
+        def add(sums: tuple[jax.Array, Params], part: Examples) -> tuple[tuple[jax.Array, Params], None]:
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(share_of_loss)(state.params, part)), None
+
+        zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, grads), _ = jax.lax.scan(add, zeros, microbatches(batch, accumulation))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {f"sft/{name}": x for name, x in metrics.items()}
-        metrics |= {"sft/loss": loss, "optim/grad_norm": optax.tree.norm(grads)}
+        metrics = {"sft/loss": loss, "sft/perplexity": jnp.exp(loss), "optim/grad_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def measure(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
-        targets = batch.target_mask[:, 1:]
-        logprobs = token_logprobs(model, params, batch)
-        return -jnp.sum(jnp.where(targets, logprobs, 0.0)), jnp.sum(targets)
+        def sums(part: Examples) -> tuple[jax.Array, jax.Array]:
+            count = jnp.sum(predicted(part))
+            return sft_loss(params, model, part)[0] * count, count
+
+        losses, counts = jax.lax.map(sums, microbatches(batch, accumulation))
+        return jnp.sum(losses), jnp.sum(counts)
 
     at = shardings
     return SFTStep(

@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(output|down)/bias$", P()),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"norm/(scale|bias)$", P()),
-    (r"value_head/(kernel|bias)$", P()),
+    (r"(value|score)_head/(kernel|bias)$", P()),
 )
 
 
@@ -34,6 +34,7 @@ class Shardings(NamedTuple):
 
     state: TrainState
     ref_params: Params
+    judge_params: Params
     batch: NamedSharding
     replicated: NamedSharding
 
@@ -87,8 +88,8 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def make_shardings(mesh: Mesh, state: TrainState) -> Shardings:
-    """Shardings of a train state (arrays or their shapes), its reference parameters and its batches."""
+def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = ()) -> Shardings:
+    """Shardings of a train state, its reference, its judge's parameters (arrays or their shapes) and its batches."""
     replicated = NamedSharding(mesh, P())
     params = param_shardings(mesh, state.params)
     return Shardings(
@@ -100,6 +101,7 @@ def make_shardings(mesh: Mesh, state: TrainState) -> Shardings:
             kl_coef=replicated,
         ),
         ref_params=params.get("decoder", params),
+        judge_params=param_shardings(mesh, judge_params),
         batch=NamedSharding(mesh, P(("data", "fsdp"))),
         replicated=replicated,
     )

@@ -1,6 +1,8 @@
 """Tokenizers: loading, the special tokens that training needs, prompts in and text out."""
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,17 +105,95 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
         TokenizerError: chat messages for a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        try:
-            ids = tokenizer(prompt)["input_ids"]
-        except (TypeError, UnicodeError) as error:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
-            raise TokenizerError(f"tokenizer: cannot encode {prompt[:60]!r}: {_reason(error)}") from error
+        ids = _encode(tokenizer, prompt, special=True)
         # Some tokenizers append EOS to everything; a prompt that ends with it has no response.
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    return list(tokenizer(render_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+    return _encode(tokenizer, render_chat(tokenizer, prompt), special=False)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    """The text of a conversation, up to where the assistant answers.
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], is_chat: bool) -> list[list[int]]:
+    """Token ids of a text in pieces: prompt and response, or the turns of a conversation (`render_turns`).
+
+    The ids of the first piece are those that `encode_prompt` gives it, whatever follows, since a policy is asked with
+    them. The ids of the others continue it as the tokenizer would, where it has a token end at the border; else they
+    are encoded alone.
+
+    Args:
+        tokenizer: of the model.
+        pieces: at least one; their concatenation is the text.
+        is_chat: the pieces were rendered by a chat template, which writes all the special tokens it wants.
+
+    Raises:
+        TokenizerError: text that is no Unicode.
+    """
+    encoded: list[list[int]] = []
+    before: list[int] = []
+    for i, piece in enumerate(pieces):
+        text = "".join(pieces[: i + 1])
+        ids = _encode(tokenizer, text, special=False) if is_chat else encode_prompt(tokenizer, text)
+        fits = ids[: len(before)] == before
+        encoded.append(ids[len(before) :] if fits else _encode_alone(tokenizer, piece))
+        before = before + encoded[-1]
+    return encoded
+
+
+def _encode_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that continues another. SentencePiece puts a space in front of whatever it encodes: it goes to a
+    newline, which is left out again. Where a newline is no token, or one with what follows, there is no such space.
+    """
+    newline, ids = (_encode(tokenizer, part, special=False) for part in ("\n", "\n" + text))
+    stands_alone = tokenizer.unk_token_id not in newline and ids[: len(newline)] == newline
+    return ids[len(newline) :] if stands_alone else _encode(tokenizer, text, special=False)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except (TypeError, UnicodeError) as error:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
+        raise TokenizerError(f"tokenizer: cannot encode {text[:60]!r}: {_reason(error)}") from error
+
+
+def render_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], start: int = 0) -> list[str]:
+    """A conversation in pieces: what stands before an answer of the assistant, the answer, and so on to the last answer.
+
+    What stands before an answer is what `render_chat` makes of the messages before it, so the template must render the
+    first turns of a conversation alike whatever follows. An answer is all that the template renders for its message,
+    the token that ends the turn included.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation; what follows the last answer is left out.
+        start: answers before this message belong to what stands before.
+
+    Returns:
+        An even number of texts.
+
+    Raises:
+        TokenizerError: no answer, nothing before the first one, or a template that is missing, refuses the messages, or
+            renders the same turns differently when more of them follow.
+    """
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= start]
+    if not answers or not answers[0]:
+        raise TokenizerError("messages: expected an assistant's turn, and before the first one a turn that it answers")
+    text = render_chat(tokenizer, messages[: answers[-1] + 1], add_generation_prompt=False)
+    borders = [0]
+    for i in answers:
+        for end in (i, i + 1):
+            beginning = render_chat(tokenizer, messages[:end], add_generation_prompt=end == i)
+            if not text.startswith(beginning) or len(beginning) < borders[-1]:
+                raise TokenizerError(
+                    f"tokenizer: its chat template renders the first {end} of these {answers[-1] + 1} messages "
+                    "differently when the others follow, so there is no telling which tokens are an answer; expected "
+                    "another template, or rows of a prompt and a completion with one answer each"
+                )
+            borders.append(len(beginning))
+    return [text[begin:end] for begin, end in itertools.pairwise(borders)]
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = True
+) -> str:
+    """The text of a conversation, by default up to where the assistant answers.
 
     Raises:
         TokenizerError: the tokenizer has no chat template, or its template refuses these messages.
@@ -124,9 +204,32 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
             "expected one for prompts that are chat messages, or prompts that are text"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template raises what its author wrote
         raise TokenizerError(f"tokenizer: its chat template refuses {messages!r}: {_reason(error)}") from error
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, prompt: str, response: str) -> list[int]:
+    """Token ids of a prompt with its response, and EOS: what a reward model reads.
+
+    A prompt that a chat template has begun with BOS gets no second one.
+    """
+    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    pieces = encode_pieces(tokenizer, [prompt, response] if prompt else [response], is_chat=has_bos)
+    return [*(token for piece in pieces for token in piece), special.eos_ids[0]]
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers make the same tokens of every text: compares their rules, not their names."""
+    if one is other:
+        return True
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    if None in backends:
+        return type(one) is type(other) and one.get_vocab() == other.get_vocab()
+    rules = [json.loads(backend.to_str()) for backend in backends]
+    for rule in rules:  # how batches are padded and cut is no rule of the tokens
+        rule["padding"] = rule["truncation"] = None
+    return rules[0] == rules[1]
 
 
 def decode_responses(

@@ -5,7 +5,7 @@ Letters used in every shape comment:
     B  sequences in a batch          P  prompt tokens (padded left)       R  response tokens (padded right)
     S  P + R                         T  steps of one trajectory           V  vocabulary
     D  width of the model            N  query heads                       K  key/value heads
-    H  size of one head
+    H  size of one head              C  texts in a comparison
 
 A mask is boolean and True counts.
 """
@@ -40,11 +40,39 @@ class Prompts(_Replaceable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Examples(_Replaceable):
-    """A batch of texts to learn from, padded right."""
+    """A batch of texts to learn from: rows that hold one or several texts, one after the other, and padding on the
+    right. The texts of a row do not see each other.
+    """
+
+    tokens: jax.Array  # [B, S] int32
+    segments: jax.Array  # [B, S] int32: which text of its row a token belongs to, from 1; 0 is padding
+    target_mask: jax.Array  # [B, S] bool: tokens that the model is to predict (a completion, without its prompt)
+
+    @property
+    def mask(self) -> jax.Array:
+        """Real tokens [B, S] bool."""
+        return self.segments > 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Comparisons(_Replaceable):
+    """A batch of judged comparisons, each of C texts (prompt, response, EOS) with their ranks, padded right."""
+
+    tokens: jax.Array  # [B, C, S] int32
+    mask: jax.Array  # [B, C, S] bool: real tokens
+    ranks: jax.Array  # [B, C] int32: 1 is best, equal ranks are ties, 0 is no text
+    margin: jax.Array  # [B] float32: by how much, in units of the score, a better text is to win; 0 if unknown
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ratings(_Replaceable):
+    """A batch of texts (prompt, response, EOS) with a score each, padded right."""
 
     tokens: jax.Array  # [B, S] int32
     mask: jax.Array  # [B, S] bool: real tokens
-    target_mask: jax.Array  # [B, S] bool: tokens that the model is to predict (a completion, without its prompt)
+    scores: jax.Array  # [B] float32
 
 
 @jax.tree_util.register_dataclass

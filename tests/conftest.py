@@ -6,6 +6,7 @@ A failing test prints the seed of its run; `pytest --seed N` (or PPO_JAX_TEST_SE
 import importlib.util
 import os
 import secrets
+import shutil
 import zlib
 from pathlib import Path
 
@@ -25,8 +26,12 @@ jax.config.update("jax_debug_key_reuse", True)
 SEED_VARIABLE = "PPO_JAX_TEST_SEED"
 TORCH_IS_MISSING = importlib.util.find_spec("torch") is None
 
+# As scripts/install_chromium.sh looks for it.
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER_IS_MISSING = CHROMIUM is None or importlib.util.find_spec("playwright") is None
+
 # `pytest` alone runs what can run; the header says what was left out.
-collect_ignore = ["parity"] if TORCH_IS_MISSING else []
+collect_ignore = ["parity"] * TORCH_IS_MISSING + ["browser"] * BROWSER_IS_MISSING
 
 
 def pytest_addoption(parser):
@@ -43,7 +48,8 @@ def pytest_configure(config):
 
 def pytest_report_header():
     lines = [f"inputs: --seed {os.environ[SEED_VARIABLE]}", f"jax {jax.__version__} on {os.environ['JAX_PLATFORMS']}"]
-    return lines + ["tests/parity: not collected, needs torch (make test-parity)"] * TORCH_IS_MISSING
+    lines += ["tests/parity: not collected, needs torch (make test-parity)"] * TORCH_IS_MISSING
+    return lines + ["tests/browser: not collected, needs chromium (make test-browser)"] * BROWSER_IS_MISSING
 
 
 def pytest_collection_modifyitems(items):
@@ -82,6 +88,13 @@ def rng(seed) -> np.random.Generator:
 def key(seed) -> jax.Array:
     """A typed JAX key, new in each run."""
     return jax.random.key(seed)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser; tests/browser is not collected without one."""
+    assert CHROMIUM is not None
+    return CHROMIUM
 
 
 @pytest.fixture(scope="session")

@@ -247,6 +247,7 @@ def remember_programs(prepare: Any) -> Any:
         else:
             rate = settings.lr_schedule == "constant" or settings.num_steps
             key = (setup.model, settings.mesh, settings.lr, settings.warmup_steps, settings.weight_decay, rate)
+            key += (settings.accumulation, settings.max_grad_norm)
         programs = {}
         for name, program in setup.step._asdict().items():
             of_score = settings.reward if name in ("score", "iterate") else ""

@@ -154,7 +154,8 @@ def make_bench(
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda p, key: init_state(p["decoder"], actor_critic, tx, config, key), params, key)
     shardings = make_shardings(make_mesh(*mesh), state)
-    step = make_train_step(actor_critic, tx, config, sampling, shardings, score)
+    judge = None if score is None else lambda params, rollout: score(rollout)
+    step = make_train_step(actor_critic, tx, config, sampling, shardings, judge)
     return Bench(actor_critic, config, sampling, shardings, step, jax.device_get(params), tx)
 
 

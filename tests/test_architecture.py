@@ -28,7 +28,9 @@ FLOORS = {
     # host data
     "tokenizers": 1,
     "data": 1,
+    "examples": 1,
     "preferences": 1,
+    "comparisons": 1,
     # acting and judging
     "config": 2,
     "sampling": 2,
@@ -51,7 +53,13 @@ FLOORS = {
 SAME_FLOOR_PAIRS = {
     ("hub", "models"),  # a Hugging Face folder is read into a ModelConfig and parameters
     ("data", "tokenizers"),  # a prompt is text until it is encoded
+    ("examples", "tokenizers"),  # so is what is learned
+    ("examples", "data"),  # it comes in rows
+    ("comparisons", "data"),  # judged texts are padded
+    ("comparisons", "preferences"),  # and read
+    ("comparisons", "tokenizers"),  # and encoded
     ("preferences", "data"),  # judgements are rows
+    ("plots", "evaluation"),  # a bar of uncertainty is an interval
     ("plots", "metrics"),  # the curves of what was logged
     ("runs", "metrics"),  # files are written whole or not at all
     ("runs", "checkpoint"),  # a run goes on from its newest checkpoint

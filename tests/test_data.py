@@ -1,26 +1,29 @@
 """Data in: what is read, what is refused and with which words, how it is padded, cut and ordered."""
 
+import gzip
 import json
+import random
+import re
+import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import folders
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ppo_jax import data
-from ppo_jax.data import DataError, batch_indices, load_examples, load_prompts, load_rows, pad
+from ppo_jax.data import MAX_LINE_BYTES, DataError, batch_indices, load_prompts, load_rows, pad
 from ppo_jax.errors import InputError
-from ppo_jax.tokenizers import SpecialTokens, TokenizerError, load_tokenizer, special_tokens
+from ppo_jax.tokenizers import TokenizerError, load_tokenizer, special_tokens
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token a word, `<s>` (id 1) in front, `</s>` is 2, `<pad>` 0."""
     return folders.word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def special(tokenizer):
-    return special_tokens(tokenizer)
 
 
 @pytest.fixture
@@ -87,17 +90,41 @@ def test_an_empty_file_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing.jsonl", "sub/nothing.json", "./nothing", "/no/such/file", "~/no/such/file", ""]
+    "name",
+    [
+        "nothing.jsonl",
+        "sub/nothing.json",
+        "a.parquet",
+        "b.jsonl.gz",
+        "./nothing",
+        "/no/such/file",
+        "~/no/such/file",
+        "",
+    ],
 )
 def test_a_missing_file_is_refused_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr(data, "_hub_rows", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(data, "_dataset_rows", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match="no such file") as error:
         load_rows(name)
     assert name in one_line(error)
 
 
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(DataError, match="no such file") as error:
+def test_a_dataset_is_opened_by_its_name_or_folder_and_split(tmp_path, monkeypatch):
+    def load_dataset(name, split):
+        return SimpleNamespace(to_list=lambda: [{"name": name, "split": split}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for name in ("org/name", "name", str(tmp_path)):
+        assert load_rows(name, "dev") == [{"name": name, "split": "dev"}]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("org/name", str(tmp_path)):
+        with pytest.raises(DataError, match=r'need the "data" extra: pip install "ppo_jax\[data\]"') as error:
+            load_rows(name)
+        assert name in one_line(error)
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))) as error:
         load_rows(str(tmp_path))
     one_line(error)
 
@@ -113,6 +140,80 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     folders.write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_rows("~/rows.jsonl") == [{"a": 1}]
+
+
+def test_a_line_may_be_long_but_not_endless(tmp_path):
+    """A file of 50 MB in one line is refused after 16 MiB, whatever follows."""
+    path = tmp_path / "rows.jsonl"
+    just_fits = b'{"a": "' + b"x" * (MAX_LINE_BYTES - 10) + b'"}\n'
+    assert len(just_fits) == MAX_LINE_BYTES
+    path.write_bytes(just_fits + b'{"a": 1}\n')
+    assert [len(str(row["a"])) for row in load_rows(str(path))] == [MAX_LINE_BYTES - 10, 1]
+    path.write_bytes(b'{"a": 1}\n' + b'{"a": "' + b"x" * 50_000_000 + b'"}\n')
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line of more than 16 MiB") as error:
+        load_rows(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert one_line(error).startswith(f"{path}:2: ")
+    assert peak < 3 * MAX_LINE_BYTES
+
+
+def test_a_gzipped_file(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    whole = gzip.compress(b'{"a": "' + random.Random(0).randbytes(4000).hex().encode() + b'"}\n{"a": 2}\n')
+    path.write_bytes(whole)
+    assert [set(row) for row in load_rows(str(path))] == [{"a"}, {"a"}]
+    corrupt = bytearray(whole)
+    corrupt[len(whole) // 2] ^= 255
+    for damaged in (whole[: len(whole) // 2], bytes(corrupt), b'{"a": 1}\n'):  # cut, a flipped byte, no gzip at all
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows\.jsonl\.gz:\d+: cannot be read: .") as error:
+            load_rows(str(path))
+        one_line(error)
+    path.write_bytes(gzip.compress(b"[" + b" " * 50_000_000))  # 50 kB that would be 50 MB
+    with pytest.raises(DataError, match="line of more than 16 MiB"):
+        load_rows(str(path))
+
+
+PARQUET_ROWS = [
+    {"prompt": "zwölf 猫", "messages": [{"role": "user", "content": "a", "name": None}], "score": 0.5},
+    {"prompt": None, "messages": [{"role": "assistant", "content": "b", "name": "c"}] * 2, "score": None},
+]
+
+
+def test_rows_of_a_parquet_file(tmp_path):
+    # A folder whose name looks like a partition of a larger table adds no column.
+    path = tmp_path / "part=1" / "rows.parquet"
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(PARQUET_ROWS), path, row_group_size=1)
+    assert load_rows(str(path)) == PARQUET_ROWS
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path, rng):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(PARQUET_ROWS), path)
+    whole = path.read_bytes()
+    for damaged in (b"", b'{"a": 1}\n', whole[:-20], whole[20:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows\.parquet: it cannot be read as Parquet: .") as error:
+            load_rows(str(path))
+        one_line(error)
+    no_utf8 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": no_utf8}), path)
+    with pytest.raises(DataError, match=r"cannot be read as Parquet: .*utf-8"):
+        load_rows(str(path))
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(DataError, match="empty; expected at least one row"):
+        load_rows(str(path))
+
+
+def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r'need the "data" extra: pip install "ppo_jax\[data\]"') as error:
+        load_rows(str(tmp_path / "rows.parquet"))
+    one_line(error)
 
 
 # Padding
@@ -174,6 +275,29 @@ def test_a_prompt_of_another_type_is_named(tokenizer, source, value):
         DataError, match=r"row 1: column 'prompt': got .*, expected text or a list of chat messages"
     ) as error:
         load_prompts(source([{"prompt": value}]), tokenizer, 0, 4)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("turn", "found"),
+    [
+        ({"from": "human", "value": "hi"}, "from, value"),
+        ({"role": "user"}, "role"),
+        ({"role": None, "content": "hi"}, "content"),
+        ({"role": "user", "content": None}, "role"),
+        ({}, "nothing"),
+    ],
+)
+def test_a_message_without_role_or_content_is_named(tokenizer, source, turn, found):
+    rows = [{"prompt": "the"}, {"messages": [{"role": "user", "content": "hi"}, turn]}]
+    with pytest.raises(DataError) as error:
+        load_prompts(source(rows), tokenizer, 0, 4)
+    assert f"row 2: column 'messages': message 2: got {found}, expected role and content" in one_line(error)
+
+
+def test_an_answer_to_nothing_is_no_prompt(tokenizer, source):
+    with pytest.raises(DataError, match="row 1: column 'messages': got an answer only") as error:
+        load_prompts(source([{"messages": [{"role": "assistant", "content": "hi"}]}]), tokenizer, 0, 4)
     one_line(error)
 
 
@@ -316,56 +440,6 @@ def test_the_order_does_not_depend_on_the_batch_size(seed):
     by_four = np.concatenate([batch_indices(9, 4, i, seed) for i in range(6)])
     by_six = np.concatenate([batch_indices(9, 6, i, seed) for i in range(4)])
     assert by_four.tolist() == by_six.tolist()
-
-
-# Examples
-
-
-def test_examples_of_text_end_with_eos_and_are_targets_throughout(tokenizer, special, source):
-    examples = load_examples(source([{"text": "the cat"}, {"text": "a dog sat here"}]), tokenizer, special, 6)
-    ids = tokenizer.convert_tokens_to_ids
-    assert examples.tokens[0].tolist() == [1, *ids(["▁the", "▁cat"]), 2, 0, 0]
-    assert examples.tokens[1].tolist() == [1, *ids(["▁a", "▁dog", "▁sat", "▁here"]), 2]
-    assert examples.mask.tolist() == [[True] * 4 + [False] * 2, [True] * 6]
-    assert examples.target_mask.tolist() == examples.mask.tolist()
-    assert examples.num_cut == 0
-
-
-def test_examples_with_a_prompt_learn_the_completion_and_its_end(tokenizer, special, source):
-    rows = [{"prompt": "the cat", "completion": " sat here"}, {"prompt": "a", "completion": ""}]
-    examples = load_examples(source(rows), tokenizer, special, 8)
-    words = tokenizer.convert_ids_to_tokens(examples.tokens[0].tolist())
-    assert words == ["<s>", "▁the", "▁cat", "▁sat", "▁here", "</s>", "<pad>", "<pad>"]
-    assert examples.target_mask[0].tolist() == [False] * 3 + [True] * 3 + [False] * 2
-    # An empty completion: its end is all there is to learn.
-    assert examples.target_mask[1].tolist() == [False, False, True] + [False] * 5
-
-
-def test_long_examples_are_cut_and_counted(tokenizer, special, source):
-    rows = [
-        {"text": "the cat sat"},  # five tokens with `<s>` and `</s>`: fits
-        {"text": "the cat sat here"},  # six: loses its end
-        {"prompt": "a very old", "completion": " dog sat"},  # seven: two targets are left of three
-        {"prompt": "a very old dog sat", "completion": " here"},  # the prompt alone is too long: nothing to learn
-    ]
-    examples = load_examples(source(rows), tokenizer, special, 5)
-    assert examples.num_cut == 3
-    assert examples.mask.all()
-    assert tokenizer.convert_ids_to_tokens(examples.tokens[1].tolist()) == ["<s>", "▁the", "▁cat", "▁sat", "▁here"]
-    assert examples.target_mask.sum(axis=1).tolist() == [5, 5, 1, 0]
-
-
-def test_the_first_of_several_ends_ends_an_example(tokenizer, source):
-    examples = load_examples(source([{"text": "the"}]), tokenizer, SpecialTokens(pad_id=0, eos_ids=(3, 2)), 4)
-    assert examples.tokens[0, 2] == 3
-
-
-@pytest.mark.parametrize("row", [{"txt": "a"}, {"prompt": "a"}, {"text": None}, {"prompt": "a", "completion": 3}, {}])
-def test_an_example_without_its_columns_is_named(tokenizer, special, source, row):
-    path = source([{"text": "the"}, row])
-    with pytest.raises(DataError, match=r"row 2: got columns .*, expected text") as error:
-        load_examples(path, tokenizer, special, 4)
-    assert path in one_line(error)
 
 
 def test_the_real_prompts_load_with_the_real_tokenizer(shared):

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import rlhf, train_ppo, train_sft
-from experiments.settings import PPOExperiment, RLHFExperiment, SFTExperiment
+from experiments import train_ppo
+from experiments.settings import PPOExperiment
 from ppo_jax import hub
 from ppo_jax.metrics import read_jsonl
 from ppo_jax.tokenizers import load_tokenizer
 
 PREPARE = folders.remember_programs(train_ppo.prepare)
-PREPARE_SFT = folders.remember_programs(train_sft.prepare)
 
 
 @pytest.fixture(scope="module")
@@ -512,157 +511,3 @@ def test_a_dry_run_prints_costs_and_writes_nothing(world, tmp_path, start, monke
 
 def test_a_dry_run_refuses_bad_input_too(world, start):
     assert "no such folder" in start(*world.flags("--dry_run", "--config.model=./no_model")).error()
-
-
-# Supervised training
-
-
-@pytest.fixture(scope="module")
-def sft(world, tmp_path_factory):
-    """Flags of `train_sft.py` for a run of seconds; text to learn in `rows.jsonl`."""
-    root = tmp_path_factory.mktemp("sft")
-    rows = [{"prompt": row["prompt"], "completion": " the cat was good ."} for row in folders.prompt_rows()]
-    data = folders.write_jsonl(root / "rows.jsonl", rows)
-    fields = {
-        "model": "", "tokenizer": world.model, "data": data, "length": 16, "batch_size": 4, "num_steps": 6, "lr": 0.05,
-        "lr_schedule": "constant", "warmup_steps": 0, "log_every": 1, "eval_every": 3, "checkpoint_every": 2,
-        "mesh.data": 1, "architecture.num_layers": 1, "architecture.num_heads": 2, "architecture.num_kv_heads": 1,
-        "architecture.width": 16, "architecture.mlp_width": 32, "architecture.max_positions": 16,
-    }  # fmt: skip
-    config = folders.ROOT / "experiments" / "configs" / "sft_reviews.py"
-    return [f"--config={config}", *(f"--config.{name}={value}" for name, value in fields.items())]
-
-
-@pytest.fixture
-def start_sft(monkeypatch, capsys):
-    monkeypatch.setattr(train_sft, "prepare", PREPARE_SFT)
-    return lambda *arguments: folders.call_script(train_sft, SFTExperiment, arguments, capsys)
-
-
-def test_supervised_training_leaves_what_it_promises(sft, world, tmp_path, start_sft, start):
-    workdir = tmp_path / "run"
-    outcome = start_sft(*sft, f"--workdir={workdir}")
-    assert (outcome.status, outcome.err) == (0, "")
-    assert set(os.listdir(workdir)) == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "curves.png", "results.json"
-    }  # fmt: skip
-    rows = read_jsonl(workdir / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == list(range(6))
-    assert all(type(x) in (int, float) and math.isfinite(x) for row in rows for x in row.values())
-    assert ["heldout/perplexity" in row for row in rows] == [False, False, True, False, False, True]
-    assert rows[-1]["sft/loss"] < rows[0]["sft/loss"]
-    results = json.loads((workdir / "results.json").read_text())
-    assert results["heldout/perplexity"] == pytest.approx(rows[-1]["heldout/perplexity"])
-    assert results["heldout/perplexity"] == pytest.approx(math.exp(results["heldout/loss"]))
-    config = hub.load_config(workdir / "model")
-    assert (config.num_layers, config.num_kv_heads, config.vocab_size) == (1, 1, len(load_tokenizer(world.model)))
-    hub.load_params(workdir / "model", config)
-    # A second start does nothing; another configuration is refused.
-    before = folders.contents(workdir)
-    assert start_sft(*sft, f"--workdir={workdir}").status == 0
-    assert "lr was 0.05 and is 0.1" in start_sft(*sft, f"--workdir={workdir}", "--config.lr=0.1").error()
-    assert folders.contents(workdir) == before
-    # The result is a model that PPO starts from.
-    flags = world.flags(
-        f"--config.model={workdir / 'model'}", "--config.ppo.response_length=4", "--config.ppo.prompt_length=12"
-    )
-    assert "1 layers" not in start(*flags, "--config.ppo.batch_size=3", "--workdir=x").error()
-
-
-def test_supervised_training_goes_on_bit_for_bit(sft, tmp_path, start_sft):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert start_sft(*sft, f"--workdir={whole}").status == 0
-    assert start_sft(*sft, f"--workdir={parts}", "--config.num_steps=3").status == 0
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:  # 6 steps, without the results of 6 steps
-        patch.setattr(train_sft, "finish", crash)
-        assert start_sft(*sft, f"--workdir={parts}").status == 130
-    assert start_sft(*sft, f"--workdir={parts}").status == 0
-    assert folders.contents(parts / "model") == folders.contents(whole / "model")
-    assert (parts / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    # The end of a run has one more held-out perplexity: after step 3, which is also where the whole run measures one.
-    assert folders.without_time(parts / "metrics.jsonl") == folders.without_time(whole / "metrics.jsonl")
-
-
-SFT_REFUSED = {
-    "neither model nor tokenizer": (["--config.tokenizer="], "model"),
-    "no data": (["--config.data=nothing.jsonl"], "no such file"),
-    "no data given": (["--config.data="], "no such file"),
-    "length": (["--config.length=17"], "config.length: got 17, expected at most the model's 16 positions"),
-    "heads": (["--config.architecture.num_kv_heads=3"], "num_kv_heads: got 3, expected a divisor of num_heads (2)"),
-    "batch": (["--config.mesh.data=8"], "config.batch_size: got 4, expected a multiple of mesh data x fsdp (8)"),
-    "tracker": (["--config.trackers=nothing"], "nothing"),
-}
-
-
-@pytest.mark.parametrize("name", SFT_REFUSED)
-def test_bad_input_of_supervised_training_is_refused(sft, tmp_path, start_sft, name):
-    changes, told = SFT_REFUSED[name]
-    error = start_sft(*sft, f"--workdir={tmp_path / 'run'}", *changes).error()
-    assert told in error
-    assert "None" not in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_held_out_rows_without_a_target_are_refused_or_left_out(sft, world, tmp_path, start_sft):
-    """All of them have prompts that fill the whole length."""
-    rows = [{"prompt": "the cat sat", "completion": " here"}] * 8
-    long = [{"prompt": " ".join(["the"] * 20), "completion": " here"}]
-    data, heldout = folders.write_jsonl(tmp_path / "d.jsonl", rows), folders.write_jsonl(tmp_path / "h.jsonl", long)
-    error = start_sft(
-        *sft, f"--workdir={tmp_path / 'run'}", f"--config.data={data}", f"--config.heldout={heldout}"
-    ).error()
-    assert "heldout" in error or "held out" in error or "h.jsonl" in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_supervised_training_plans(sft, tmp_path, start_sft, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    outcome = start_sft(*sft, "--dry_run")
-    assert outcome.status == 0
-    assert "peak_mb" in outcome.out
-    assert not os.listdir(tmp_path)
-
-
-# The whole road
-
-
-def test_the_quickstart_in_small(tmp_path, capsys):
-    """Corpus, pretraining, PPO; and a second start that passes over all of it."""
-    fields = {
-        "corpus.num_train": 3000, "corpus.num_heldout": 8, "corpus.num_prompts": 16, "corpus.vocab_size": 2048,
-        "pretrain.num_steps": 2, "pretrain.batch_size": 8, "pretrain.eval_every": 2, "pretrain.log_every": 1,
-        "pretrain.length": 32, "pretrain.architecture.num_layers": 1, "pretrain.architecture.width": 16,
-        "pretrain.architecture.mlp_width": 16, "pretrain.mesh.data": 1,
-        "ppo.num_iterations": 1, "ppo.eval_prompts": 8, "ppo.mesh.data": 1, "ppo.ppo.batch_size": 8,
-        "ppo.ppo.prompt_length": 24, "ppo.ppo.response_length": 8, "ppo.ppo.num_epochs": 1,
-        "ppo.ppo.num_minibatches": 1,
-    }  # fmt: skip
-    config = folders.ROOT / "experiments" / "configs" / "quickstart.py"
-    flags = [f"--config={config}", f"--workdir={tmp_path}", *(f"--config.{k}={v}" for k, v in fields.items())]
-    outcome = folders.call_script(rlhf, RLHFExperiment, flags, capsys)
-    assert (outcome.status, outcome.err) == (0, "")
-    assert {"corpus", "pretrain", "ppo"} <= set(os.listdir(tmp_path))
-    assert FILES - {"results.md"} <= set(os.listdir(tmp_path / "ppo"))
-    page = outcome.out[outcome.out.index("# Results") :]
-    assert "| mean score |" in page
-    assert "Complete sentences that the grammar of the corpus accepts" in page
-    before = folders.contents(tmp_path)
-    again = folders.call_script(rlhf, RLHFExperiment, flags, capsys)
-    assert again.status == 0
-    assert again.out[again.out.index("# Results") :] == page
-    assert folders.contents(tmp_path) == before
-
-
-def test_a_vocabulary_too_small_for_the_corpus_is_refused(tmp_path, capsys):
-    config = folders.ROOT / "experiments" / "configs" / "quickstart.py"
-    flags = [
-        f"--config={config}",
-        f"--workdir={tmp_path}",
-        "--config.corpus.vocab_size=20",
-        "--config.corpus.num_train=20",
-    ]
-    assert "vocab_size" in folders.call_script(rlhf, RLHFExperiment, flags, capsys).error()

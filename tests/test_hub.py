@@ -535,7 +535,7 @@ def poison(value):
     [
         (lambda t: {name: t[name] for name in t if name != first_weight(t)}, "tensors are missing: '"),
         (lambda t: dict.fromkeys("abc", np.zeros(1)), "tensors are missing: .* and .* more"),
-        (lambda t: t | {"score.weight": np.zeros((2, 8))}, "tensors that a .* so configured has not: '.*score.weight'"),
+        (lambda t: t | {"value.weight": np.zeros((2, 8))}, "tensors that a .* so configured has not: '.*value.weight'"),
         (lambda t: t | {first_weight(t): t[first_weight(t)][1:]}, r"got shape \(.*\), expected \("),
         (lambda t: t | {first_weight(t): t[first_weight(t)][None]}, r"got shape \(1, .*\), expected \("),
         (lambda t: t | {first_weight(t): t[first_weight(t)].astype(np.int8)}, "got dtype I8, expected one of F64, F32"),

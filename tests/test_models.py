@@ -19,7 +19,16 @@ import numpy as np
 import pytest
 
 from ppo_jax import hub
-from ppo_jax.models import ActorCritic, Decoder, ModelConfig, causal_mask, empty_cache, positions_of
+from ppo_jax.models import (
+    ActorCritic,
+    Decoder,
+    ModelConfig,
+    causal_mask,
+    empty_cache,
+    positions_of,
+    segment_mask,
+    segment_positions,
+)
 from ppo_jax.models.transformer import attend, rotate
 from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.types import Prompts
@@ -301,6 +310,21 @@ def test_positions_and_causal_mask():
     # query 2 of the first row sees itself and token 1, not the padding at 0; query 0 is padding and sees nothing
     np.testing.assert_array_equal(causal_mask(mask)[0], [[0, 0, 0], [0, 1, 0], [0, 1, 1]])
     np.testing.assert_array_equal(causal_mask(mask)[1], np.tri(3))
+
+
+def test_positions_and_mask_of_texts_that_share_a_row():
+    segments = jnp.array([[1, 1, 2, 2, 0], [1, 2, 3, 3, 3]])
+    # positions begin anew with every text
+    np.testing.assert_array_equal(segment_positions(segments), [[0, 1, 0, 1, 0], [0, 0, 0, 1, 2]])
+    # two blocks of two, and padding that sees nothing and that nobody sees
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(segment_mask(segments)[0], expected)
+    np.testing.assert_array_equal(segment_mask(segments)[1, 2:, 2:], np.tri(3))
+    assert not segment_mask(segments)[1, 2:, :2].any()
+    # one text to a row: what `positions_of` and `causal_mask` say of its real tokens
+    one = jnp.array([[1, 1, 1, 0]])
+    np.testing.assert_array_equal(segment_positions(one)[:, :3], positions_of(one > 0)[:, :3])
+    np.testing.assert_array_equal(segment_mask(one)[:, :3], causal_mask(one > 0)[:, :3])
 
 
 @pytest.mark.parametrize("variant", [GPT2_LIKE, {"tie_embeddings": False}], ids=["gpt2", "llama_untied"])

@@ -575,14 +575,14 @@ def bench():
 def program(bench):
     """`iterate`, compiled ahead of time."""
     prompts = bench.prompts(np.random.default_rng(2))
-    return bench.step.iterate.lower(bench.state(), bench.reference(), prompts).compile()
+    return bench.step.iterate.lower(bench.state(), bench.reference(), prompts, ()).compile()
 
 
 def run(bench, program, iterations: int, seed: int = 0):
     """(the state after so many iterations, a list of (metrics, experience, scores))."""
     state, reference, rng, history = bench.state(seed), bench.reference(), np.random.default_rng(seed), []
     for _ in range(iterations):
-        state, *results = program(state, reference, bench.prompts(rng))
+        state, *results = program(state, reference, bench.prompts(rng), ())
         history.append(jax.device_get(results))
     return state, history
 
@@ -619,7 +619,7 @@ def test_score_on_the_host_gives_the_iteration_of_the_single_program(bench, prog
         rollout = bench.step.act(state, bench.prompts(rng))
         np.testing.assert_array_equal(rollout.tokens, experience.tokens)
         close(rollout.logprobs, experience.logprobs)
-        host_scores = jnp.asarray(np.asarray(bench.step.score(rollout)))
+        host_scores = jnp.asarray(np.asarray(bench.step.score((), rollout)))
         np.testing.assert_array_equal(host_scores, scores)
         before, measured = state, bench.step.measure(state, reference, rollout, host_scores)
         state, metrics = bench.step.learn(state, reference, rollout, host_scores)
@@ -637,7 +637,7 @@ def test_score_on_the_host_gives_the_iteration_of_the_single_program(bench, prog
 def test_the_state_is_donated_and_the_reference_is_not_touched(bench, program):
     state, reference, prompts = bench.state(), bench.reference(), bench.prompts(np.random.default_rng(0))
     before = jax.device_get(reference)
-    new_state, *_ = program(state, reference, prompts)
+    new_state, *_ = program(state, reference, prompts, ())
     assert_consumed(state)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new_state, reference, prompts)))
     chex.assert_trees_all_equal(jax.device_get(reference), before)
@@ -649,7 +649,7 @@ def test_a_new_state_of_the_same_tree_comes_out(bench, program):
     state = bench.state()
     expected = jax.eval_shape(lambda: state)
     key = np.array(jax.random.key_data(state.key))
-    new_state, *_ = program(state, bench.reference(), bench.prompts(np.random.default_rng(0)))
+    new_state, *_ = program(state, bench.reference(), bench.prompts(np.random.default_rng(0)), ())
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, expected)
     np.testing.assert_array_equal(jax.random.key_data(new_state.key), key)
     counts = [count for _, count in optax.tree_utils.tree_get_all_with_path(new_state.opt_state, "count")]

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from experiments import corpus as corpus_files
 from experiments import reviews
+from experiments.corpus import train_tokenizer, write_corpus
 from experiments.reviews import Review, is_grammatical, lexicon_score, sentence_fraction
 
 LEXICON = reviews.POSITIVE_WORDS | reviews.NEGATIVE_WORDS
@@ -25,7 +27,7 @@ def corpus() -> list[Review]:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return reviews.train_tokenizer((review.text for review in corpus[:5000]), vocab_size=1024)
+    return train_tokenizer((review.text for review in corpus[:5000]), vocab_size=1024)
 
 
 @pytest.fixture
@@ -291,35 +293,41 @@ def test_saved_and_reopened(corpus, tokenizer, tmp_path):
 
 def test_a_vocabulary_that_is_too_small_is_refused(corpus):
     with pytest.raises(ValueError, match=r"vocab_size=100: the texts need \d+"):
-        reviews.train_tokenizer((review.text for review in corpus[:500]), vocab_size=100)
+        train_tokenizer((review.text for review in corpus[:500]), vocab_size=100)
 
 
 # Files
 
 
-def read(path: Path, column: str) -> list[str]:
+def read(path: Path, *columns: str) -> list[tuple[str, ...]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert all(list(row) == [column] for row in rows)
-    return [row[column] for row in rows]
+    assert all(list(row) == list(columns) for row in rows)
+    return [tuple(row.values()) for row in rows]
+
+
+COUNTS = {"num_train": 500, "num_heldout": 100, "num_demonstrations": 200, "num_prompts": 300}
 
 
 def test_corpus_files(tmp_path):
-    reviews.write_corpus(tmp_path / "new" / "corpus", num_train=500, num_heldout=100, num_prompts=300, seed=1)
+    write_corpus(tmp_path / "new" / "corpus", **COUNTS, seed=1)
     folder = tmp_path / "new" / "corpus"
-    assert sorted(path.name for path in folder.iterdir()) == ["heldout.jsonl", "prompts.jsonl", "train.jsonl"]
+    names = ["demonstrations.jsonl", "heldout.jsonl", "prompts.jsonl", "train.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     train, heldout = read(folder / "train.jsonl", "text"), read(folder / "heldout.jsonl", "text")
+    demonstrations = read(folder / "demonstrations.jsonl", "prompt", "completion")
     prompts = read(folder / "prompts.jsonl", "prompt")
-    assert (len(train), len(heldout), len(prompts)) == (500, 100, 300)
-    assert len({*train, *heldout}) == 600
+    assert (len(train), len(heldout), len(demonstrations), len(prompts)) == (500, 100, 200, 300)
+    assert len({*train, *heldout, *[(prompt + completion,) for prompt, completion in demonstrations]}) == 800
+    assert all(is_grammatical(prompt + completion) for prompt, completion in demonstrations)
     assert len(set(prompts)) == 300
-    assert all(len(split(prompt)) == 1 and is_grammatical(prompt) for prompt in prompts)
-    reviews.write_corpus(tmp_path / "again", num_train=500, num_heldout=100, num_prompts=300, seed=1)
+    assert all(len(split(prompt)) == 1 and is_grammatical(prompt) for (prompt,) in prompts)
+    write_corpus(tmp_path / "again", **COUNTS, seed=1)
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def test_more_prompts_than_there_are_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reviews, "_review", lambda rng: Review("Always the same.", f"{rng.random()}", 0.0))
-    with pytest.raises(ValueError, match="asked for 10 distinct texts, but the grammar gave only 1"):
-        reviews.write_corpus(tmp_path, num_train=5, num_heldout=5, num_prompts=10, seed=0)
+    monkeypatch.setattr(corpus_files, "draw_review", lambda rng: Review("Always the same.", f"{rng.random()}", 0.0))
+    with pytest.raises(ValueError, match="asked for 300 distinct texts, but the grammar gave only 1"):
+        write_corpus(tmp_path, **COUNTS, seed=0)
     assert list(tmp_path.iterdir()) == []

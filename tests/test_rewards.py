@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from experiments import reviews
-from experiments.rewards import praise
+from experiments.corpus import train_tokenizer
 from ppo_jax.errors import InputError
-from ppo_jax.rewards import RewardError, call_reward, load_reward, make_lexicon_score, sentiment
+from ppo_jax.rewards import RewardError, call_reward, load_host_reward, load_reward, make_lexicon_score, sentiment
 from ppo_jax.types import Rollout
 
 PROMPTS, ANSWERS = ["the cat", "a dog", "the film"], [" sat", " was good", ""]
@@ -258,12 +258,12 @@ def reward_file(tmp_path):
 
 
 def test_vader_is_found_by_its_name(tokenizer):
-    assert load_reward("vader", tokenizer) == (sentiment.vader, False)
+    assert load_reward("vader", tokenizer) == (sentiment.vader, None, ())
 
 
 def test_a_function_in_a_file(reward_file, tokenizer, monkeypatch):
-    reward, in_program = load_reward(f"{reward_file}:count_good", tokenizer)
-    assert not in_program
+    reward, score, _ = load_reward(f"{reward_file}:count_good", tokenizer)
+    assert score is None
     assert call_reward(reward, ["a", "b"], [" good cat kind", ""], [{}, {}]).tolist() == [0.5, 0]
     monkeypatch.chdir(reward_file.parent)
     assert load_reward("my_rewards.py:count_good", tokenizer)[0].__name__ == "count_good"
@@ -277,14 +277,14 @@ def test_a_dataclass_in_the_file_works(tmp_path, tokenizer):
         "    weight: float = 2.0\n\n    def __call__(self, prompts, completions, **columns):\n"
         "        return [self.weight] * len(prompts)\n\njudge = Judge()\n"
     )
-    reward, _ = load_reward(f"{path}:judge", tokenizer)
+    reward = load_host_reward(f"{path}:judge")
     assert reward(["a"], ["b"]) == [2.0]
     sys.modules.pop("with_dataclass", None)
 
 
 def test_a_file_named_as_a_module_of_python_does_not_replace_it(tmp_path, tokenizer):
     (tmp_path / "json.py").write_text("def judge(prompts, completions, **columns):\n    return [1.0]\n")
-    reward, _ = load_reward(f"{tmp_path / 'json.py'}:judge", tokenizer)
+    reward = load_host_reward(f"{tmp_path / 'json.py'}:judge")
     assert reward(["a"], ["b"]) == [1.0]
     assert hasattr(sys.modules["json"], "dumps")
 
@@ -299,18 +299,18 @@ def test_a_file_finds_its_neighbours(tmp_path, tokenizer):
 
 
 def test_a_function_in_a_module(tokenizer):
-    assert load_reward("ppo_jax.rewards.sentiment:vader", tokenizer) == (sentiment.vader, False)
+    assert load_reward("ppo_jax.rewards.sentiment:vader", tokenizer) == (sentiment.vader, None, ())
 
 
-def test_a_score_in_jax_from_a_file_and_from_a_module(reward_file, tokenizer):
-    score, in_program = load_reward(f"jax:{reward_file}:score_good", tokenizer)
-    assert in_program
+def test_a_score_in_jax_from_a_file_and_from_a_module(reward_file, tokenizer, monkeypatch):
+    monkeypatch.chdir(reward_file.parent)
+    reward, score, params = load_reward(f"jax:{reward_file}:score_good", tokenizer)
+    assert reward is None
     row = rollout_of(tokenizer, [["the"]], [["good", "cat", "kind"]])
-    np.testing.assert_allclose(jax.jit(score)(row), [0.5])
-    vocabulary = [*reviews.POSITIVE_WORDS, *reviews.NEGATIVE_WORDS]
-    score, in_program = load_reward("jax:experiments.rewards:praise", folders.word_tokenizer(vocabulary))
-    assert in_program
-    assert callable(score)
+    np.testing.assert_allclose(jax.jit(score)(params, row), [0.5])
+    reward, score, _ = load_reward("jax:my_rewards:score_good", tokenizer)
+    assert reward is None
+    np.testing.assert_allclose(score((), row), [0.5])
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_a_word_that_is_not_one_token_is_refused(tokenizer, word):
 def test_the_compiled_praise_is_the_score_of_the_text(seed):
     """Token ids in the program against words of the decoded text on the host, on reviews and on shuffled words."""
     texts = [review.text for review in reviews.generate_reviews(200, seed)]
-    tokenizer = reviews.train_tokenizer([review.text for review in reviews.generate_reviews(3000, 0)] + texts, 2048)
+    tokenizer = train_tokenizer([review.text for review in reviews.generate_reviews(3000, 0)] + texts, 2048)
     rng = np.random.default_rng(seed)
     lexicon = sorted(reviews.POSITIVE_WORDS | reviews.NEGATIVE_WORDS)
     texts += [" ".join(rng.choice(lexicon, rng.integers(1, 12))) for _ in range(100)]
@@ -437,7 +437,8 @@ def test_the_compiled_praise_is_the_score_of_the_text(seed):
     for i, (row, cut) in enumerate(zip(ids, cuts, strict=True)):
         tokens[i, length - cut : length - cut + len(row)], mask[i, length - cut : length - cut + len(row)] = row, True
     zeros = jnp.zeros((len(ids), length))
-    scores = jax.jit(praise(tokenizer))(Rollout(jnp.asarray(tokens), jnp.asarray(mask), zeros, zeros))
+    praise = make_lexicon_score(tokenizer, reviews.POSITIVE_WORDS, reviews.NEGATIVE_WORDS)
+    scores = jax.jit(praise)(Rollout(jnp.asarray(tokens), jnp.asarray(mask), zeros, zeros))
     responses = [tokenizer.decode(row[cut:]) for row, cut in zip(ids, cuts, strict=True)]
     expected = [reviews.lexicon_score(text) for text in responses]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)

@@ -1,4 +1,6 @@
-"""Supervised training: the loss of the targets and of nothing else, its sums, its steps, on one device and on eight."""
+"""Supervised training: the loss of the targets and of nothing else, its sums, its steps; texts that share a row; parts
+of a batch; one device and eight.
+"""
 
 import dataclasses
 
@@ -11,9 +13,10 @@ import oracles
 import pytest
 from small import MODELS, V, assert_consumed, random_params
 
+from ppo_jax.examples import Texts, make_rows
 from ppo_jax.models import Decoder
 from ppo_jax.optim import make_optimizer
-from ppo_jax.sft import SFTStep, init_sft_state, make_sft_step, sft_loss
+from ppo_jax.sft import SFTStep, init_sft_state, make_sft_step, sft_loss, token_logprobs
 from ppo_jax.sharding import make_mesh, make_shardings
 from ppo_jax.types import Examples
 
@@ -32,7 +35,7 @@ def examples(rng, batch: int = 8) -> Examples:
     mask = slots < sizes[:, None]
     return Examples(
         tokens=jnp.asarray(rng.integers(0, V, (batch, S)), jnp.int32),
-        mask=jnp.asarray(mask),
+        segments=jnp.asarray(mask, jnp.int32),
         target_mask=jnp.asarray(mask & (slots >= prompts[:, None])),
     )
 
@@ -51,7 +54,7 @@ def decoder_params(rng):
     return random_params(rng, LLAMA)["decoder"]
 
 
-def make_step(mesh=(1, 1, 1), lr: float = 1e-2):
+def make_step(mesh=(1, 1, 1), lr: float = 1e-2, accumulation: int = 1):
     """(step, how to place a state, how to place a batch)."""
     # A large eps makes the step a smooth function of the gradient, so that 1 and 8 devices can be compared.
     tx = make_optimizer(optax.constant_schedule(lr), eps=1e-3)
@@ -62,7 +65,8 @@ def make_step(mesh=(1, 1, 1), lr: float = 1e-2):
         state = init_sft_state(jax.tree.map(jnp.array, params), tx, jax.random.key(0))
         return jax.device_put(state, shardings.state)
 
-    return make_sft_step(MODEL, tx, shardings), state_of, lambda batch: jax.device_put(batch, shardings.batch)
+    step = make_sft_step(MODEL, tx, shardings, accumulation)
+    return step, state_of, lambda batch: jax.device_put(batch, shardings.batch)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_prompts_are_read_and_not_predicted(rng, loss):
     slots = jnp.arange(S)
     prompt = jnp.broadcast_to(slots < 10, (8, S))
     row = jnp.broadcast_to((jnp.arange(8) == 2)[:, None], (8, S))
-    batch = batch.replace(mask=jnp.ones((8, S), bool), target_mask=row & ~prompt)
+    batch = batch.replace(segments=jnp.ones((8, S), jnp.int32), target_mask=row & ~prompt)
     changed = batch.replace(tokens=batch.tokens.at[2, 8].set((batch.tokens[2, 8] + 1) % V))
     assert loss(params, batch)[0] != loss(params, changed)[0]  # it is read
 
@@ -156,3 +160,122 @@ def test_eight_devices_take_the_same_steps_as_one(rng, one_device):
         results.append(jax.device_get((state.params, history, step.measure(state.params, place(batches[0])))))
     # Sums in another order, rounded by 1e-7; Adam divides by at least 1e-3 and multiplies by the rate of 1e-2.
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+# Several texts to a row
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request):
+    """A model with positions that are learned (GPT-2) or rotary (Llama); its loss with gradient, and its logprobs."""
+    config = dataclasses.replace(MODELS[request.param], num_layers=2)
+    model = Decoder(config)
+    loss = jax.jit(jax.value_and_grad(lambda params, batch: sft_loss(params, model, batch)[0]))
+    return config, model, loss, jax.jit(lambda params, batch: token_logprobs(model, params, batch))
+
+
+def random_texts(rng, num: int) -> Texts:
+    """Texts of 2 to 19 tokens with targets anywhere; the first of them is all target, from its first token on."""
+    tokens = [rng.integers(0, V, rng.integers(2, 20)).astype(np.int32) for _ in range(num)]
+    targets = [rng.random(len(ids)) < 0.6 for ids in tokens]
+    targets[0][:] = True
+    return Texts(tokens, targets, 0, 0)
+
+
+def rows_of(texts: Texts, pack: bool, num_rows: int) -> Examples:
+    """The texts in rows of S tokens, and rows of padding up to a fixed number."""
+    rows = make_rows(texts, S, pad_id=0, pack=pack)
+    fill = [(0, num_rows - len(rows.tokens)), (0, 0)]
+    return Examples(*(jnp.asarray(np.pad(x, fill)) for x in (rows.tokens, rows.segments, rows.target_mask)))
+
+
+def test_texts_that_share_a_row_have_the_loss_and_gradient_of_texts_alone(rng, family):
+    config, model, loss, _ = family
+    params, texts = random_params(rng, config)["decoder"], random_texts(rng, 12)
+    packed, alone = rows_of(texts, True, 12), rows_of(texts, False, 12)
+    assert int(packed.mask.any(axis=1).sum()) < 12  # some do share a row
+    (packed_loss, packed_grads), (alone_loss, alone_grads) = loss(params, packed), loss(params, alone)
+    # Sums of a hundred terms in another order, rounded by 1e-7 each.
+    np.testing.assert_allclose(packed_loss, alone_loss, rtol=1e-5)
+    chex.assert_trees_all_close(packed_grads, alone_grads, rtol=1e-3, atol=1e-5)
+    assert optax.tree.norm(alone_grads) > 0.1
+
+    # And against the full logits of each text in a row of its own, which know of padding and of no segments.
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, alone.tokens, alone.mask))
+    nll = [
+        -oracles.log_softmax(logits[i, t - 1])[ids[t]]
+        for i, (ids, targets) in enumerate(zip(texts.tokens, texts.target_masks, strict=True))
+        for t in range(1, len(ids))
+        if targets[t]
+    ]
+    np.testing.assert_allclose(packed_loss, np.mean(nll), rtol=1e-5)
+
+
+def test_a_text_is_blind_to_the_others_of_its_row(rng, family):
+    config, _, _, logprobs = family
+    params, batch = random_params(rng, config)["decoder"], rows_of(random_texts(rng, 12), True, 12)
+    row = int(jnp.argmax(jnp.max(batch.segments, axis=1)))
+    segments = np.asarray(batch.segments[row])
+    assert segments.max() >= 2
+    same_text = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    before = np.asarray(logprobs(params, batch))[row]
+    for segment in range(0, segments.max() + 1):  # the padding too
+        (slots,) = np.nonzero(segments == segment)
+        if not len(slots):
+            continue
+        changed = batch.tokens.at[row, slots[0]].set((batch.tokens[row, slots[0]] + 1) % V)
+        after = np.asarray(logprobs(params, batch.replace(tokens=changed)))[row]
+        others = same_text & (segments[1:] != segment)
+        np.testing.assert_array_equal(before[others], after[others])
+        if segment and len(slots) > 1:  # its own second token depends on its first
+            assert before[slots[1] - 1] != after[slots[1] - 1]
+
+
+# Parts of a batch
+
+
+@pytest.fixture(scope="module")
+def in_parts() -> tuple[SFTStep, object, object]:
+    return make_step(accumulation=4)
+
+
+def test_parts_of_a_batch_make_the_same_step(rng, one_device, in_parts):
+    params, batch = decoder_params(rng), examples(rng)
+    results = []
+    for step, state_of, place in (one_device, in_parts):
+        state, metrics = step.learn(state_of(params), place(batch))
+        results.append(
+            jax.device_get((state.params, state.opt_state, metrics, step.measure(state.params, place(batch))))
+        )
+    # The targets of the parts differ in number (some rows have none), so a mean of means would differ.
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_on_eight_devices(rng, one_device):
+    params, batches = decoder_params(rng), [examples(rng) for _ in range(2)]
+    results = []
+    for step, state_of, place in (one_device, make_step(mesh=(2, 2, 2), accumulation=2)):
+        state = state_of(params)
+        for batch in batches:
+            state, metrics = step.learn(state, place(batch))
+        results.append(jax.device_get((state.params, metrics)))
+        assert step.learn._cache_size() == 1
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_in_parts_needs_less_memory(rng):
+    batch = jax.tree.map(lambda x: jnp.tile(x, (4, 1)), examples(rng))
+    needs = []
+    for accumulation in (1, 8):
+        step, state_of, place = make_step(accumulation=accumulation)
+        program = step.learn.lower(state_of(decoder_params(rng)), place(batch)).compile()
+        needs.append(program.memory_analysis().temp_size_in_bytes)
+    assert needs[1] < needs[0] / 3
+
+
+def test_a_batch_without_a_target_changes_nothing_but_the_step(rng, in_parts):
+    step, state_of, place = in_parts
+    params, batch = decoder_params(rng), examples(rng)
+    state, metrics = step.learn(state_of(params), place(batch.replace(target_mask=batch.target_mask & False)))
+    assert (metrics["sft/loss"], metrics["optim/grad_norm"]) == (0, 0)
+    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(params))

@@ -162,7 +162,7 @@ def train(mesh, iterations: int = 2):
     state, reference, history = bench.state(), bench.reference(), []
     for batch in prompts:
         before = state
-        state, *results = bench.step.iterate(state, reference, batch)
+        state, *results = bench.step.iterate(state, reference, batch, ())
         assert_consumed(before)
         history.append(results)
     assert len(traced) == bench.step.iterate._cache_size() == 1

@@ -16,8 +16,11 @@ from ppo_jax.tokenizers import (
     SpecialTokens,
     TokenizerError,
     decode_responses,
+    encode_pieces,
     encode_prompt,
     load_tokenizer,
+    render_chat,
+    render_turns,
     special_tokens,
 )
 
@@ -163,6 +166,45 @@ def test_a_folder_without_generation_config_has_the_ends_of_its_config(tmp_path)
     (folder / "generation_config.json").unlink()
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 7
     assert special_tokens(load_tokenizer(folder), hub.load_eos_ids(folder)).eos_ids == (2, 7)
+
+
+# Texts in pieces
+
+
+def tokens_of(tokenizer, pieces: list[str]) -> list[list[str]]:
+    return [tokenizer.convert_ids_to_tokens(ids) for ids in encode_pieces(tokenizer, pieces, is_chat=False)]
+
+
+def test_pieces_are_the_tokens_of_the_whole_where_it_has_a_border_there(stories, gpt2):
+    assert tokens_of(stories, ["The cat", " sat."]) == [["<s>", "▁The", "▁cat"], ["▁sat", "."]]
+    assert tokens_of(gpt2, ["The cat", " sat."]) == [["The", "Ġcat"], ["Ġsat", "."]]
+    assert tokens_of(stories, ["", "The cat", "", " sat."]) == [["<s>"], ["▁The", "▁cat"], [], ["▁sat", "."]]
+
+
+def test_the_first_piece_is_a_prompt_where_the_whole_has_no_border(stories, gpt2):
+    # As one text it would be "cats" and "12": one token each.
+    assert tokens_of(gpt2, ["The cat", "s sat"]) == [["The", "Ġcat"], ["s", "Ġsat"]]
+    assert tokens_of(gpt2, ["Is it 1", "2?"]) == [["Is", "Ġit", "Ġ1"], ["2", "?"]]
+    assert tokens_of(gpt2, ["a: ", "b"]) == [["a", ":", "Ġ"], ["b"]]
+    # Without the space that SentencePiece puts in front of what stands alone.
+    assert tokens_of(stories, ["The cat", "s sat"]) == [["<s>", "▁The", "▁cat"], ["s", "▁sat"]]
+
+
+def test_pieces_of_a_chat_get_no_special_tokens(stories):
+    (first, second) = encode_pieces(stories, ["the cat", " sat"], is_chat=True)
+    assert stories.convert_ids_to_tokens(first + second) == ["▁the", "▁cat", "▁sat"]
+
+
+def test_a_conversation_falls_into_questions_and_answers():
+    tokenizer = word_tokenizer("eos", "pad")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] + m.content }};{% endfor %}" + (
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    turns = [{"role": role, "content": str(i)} for i, role in enumerate(("user", "assistant", "user") * 2)]
+    assert render_turns(tokenizer, turns) == ["u0;a", "1;", "u2;u3;a", "4;"]
+    assert render_turns(tokenizer, turns, start=2) == ["u0;a1;u2;u3;a", "4;"]
+    assert render_chat(tokenizer, turns[:4]) == "u0;a1;u2;u3;a"
+    assert render_chat(tokenizer, turns[:2], add_generation_prompt=False) == "u0;a1;"
 
 
 # Back to text

@@ -1,10 +1,9 @@
-"""The whole road on two CPU cores, offline: write a corpus of reviews, pretrain a small Llama on it, PPO towards
-praise.
+"""The whole road on two CPU cores, offline: write a corpus of reviews, pretrain a small Llama on it, fine-tune it, have
+its reviews judged, train a reward model on the judgements, PPO against that, evaluate.
 
     make quickstart
 
-Two to four minutes on two cores. The score rises from 0.09 to 0.89 of 1, at a KL of 2.7 nats a response (limit: 20),
-and the grammar of the corpus accepts as many sentences as before (80 % against 76 %).
+Four to five minutes on two cores.
 """
 
 import ml_collections
@@ -21,8 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.pretrain.batch_size = 32
     config.pretrain.lr = 3e-3
     config.pretrain.warmup_steps = 30
-    config.pretrain.checkpoint_every = 250
-    config.pretrain.eval_every = 250
+    config.pretrain.checkpoint_every = 300
+    config.pretrain.eval_every = 300
     config.pretrain.log_every = 50
     config.pretrain.architecture.num_layers = 4
     config.pretrain.architecture.num_heads = 4
@@ -31,7 +30,28 @@ def get_config() -> ml_collections.ConfigDict:
     config.pretrain.architecture.mlp_width = 384
     config.pretrain.architecture.max_positions = 96
 
-    config.ppo.reward = "jax:experiments.rewards:praise"
+    config.sft.length = 52
+    config.sft.num_steps = 100
+    config.sft.batch_size = 32
+    config.sft.lr = 5e-4
+    config.sft.warmup_steps = 10
+    config.sft.checkpoint_every = 100
+    config.sft.eval_every = 50
+    config.sft.log_every = 20
+
+    config.annotator_temperature = 0.5
+    config.collect.num_responses = 4
+    config.collect.prompt_length = 24
+    config.collect.response_length = 40
+
+    config.reward.length = 58
+    config.reward.response_length = 40
+    config.reward.num_epochs = 2
+    config.reward.batch_size = 16
+    config.reward.lr = 1e-3
+    config.reward.eval_every = 45
+    config.reward.log_every = 5
+
     config.ppo.num_iterations = 40
     config.ppo.kl_limit = 20.0
     config.ppo.ppo.batch_size = 64

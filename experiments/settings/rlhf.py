@@ -2,25 +2,31 @@
 
 import dataclasses
 
+from experiments.settings.feedback import FeedbackExperiment
 from experiments.settings.machinery import check_at_least
+from experiments.settings.reward import RewardExperiment
 from experiments.settings.training import PPOExperiment, SFTExperiment
 from ppo_jax.config import option
+from ppo_jax.errors import check
+
+FEEDBACK = ("simulated", "page")
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSettings:
-    """The reviews that `experiments/reviews.py` generates."""
+    """The reviews that `experiments/corpus.py` writes."""
 
     num_train: int = option(8000, "reviews to pretrain on")
     num_heldout: int = option(500, "reviews for held-out perplexity")
-    num_prompts: int = option(1024, "openings of reviews, the prompts of PPO")
+    num_demonstrations: int = option(2000, "openings with their reviews, to fine-tune on")
+    num_prompts: int = option(2048, "openings alone: for feedback, for PPO and for evaluation")
     vocab_size: int = option(1024, "most words of the tokenizer")
     seed: int = option(0, "of the grammar")
 
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check_at_least(self, 0, "seed")
-        check_at_least(self, 1, "num_train num_heldout num_prompts vocab_size")
+        check_at_least(self, 1, "num_train num_heldout num_demonstrations num_prompts vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,31 @@ class RLHFExperiment:
     before.
     """
 
+    model: str = option("", "a pretrained model; empty: a corpus is written and a new one is pretrained on it")
+    prompts: str = option("", "JSONL, Parquet or a Hugging Face dataset of prompts; empty: the corpus's")
+    num_eval_prompts: int = option(256, "the last so many prompts are kept for evaluation")
+    feedback: str = option("simulated", "who judges: simulated (by gold, with noise), or page (waits for people)")
+    gold: str = option(
+        "experiments.annotator:gold",
+        "the simulated annotator's hidden preference: vader, FILE.py:function or package.module:function",
+    )
+    annotator_temperature: float = option(
+        1.0, "of the simulated annotator's noise: it prefers a with probability sigmoid((gold(a) - gold(b)) / this)"
+    )
+    feedback_heldout: float = option(0.2, "share of the judged prompts held out from the reward model")
     corpus: CorpusSettings = dataclasses.field(default_factory=CorpusSettings)
     pretrain: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
+    sft: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
+    collect: FeedbackExperiment = dataclasses.field(default_factory=FeedbackExperiment)
+    reward: RewardExperiment = dataclasses.field(default_factory=RewardExperiment)
     ppo: PPOExperiment = dataclasses.field(default_factory=PPOExperiment)
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        check("feedback", self.feedback, self.feedback in FEEDBACK, "one of " + ", ".join(FEEDBACK))
+        check_at_least(self, 2, "num_eval_prompts")
+        check("annotator_temperature", self.annotator_temperature, self.annotator_temperature > 0, "a number above 0")
+        share = self.feedback_heldout
+        check("feedback_heldout", share, 0 < share < 1, "a number in (0, 1)")
+        check("prompts", self.prompts, bool(self.prompts) or not self.model, "a source of prompts, next to model")
+        check("gold", self.gold, bool(self.gold) or self.feedback == "page", "a judge, for a simulated annotator")

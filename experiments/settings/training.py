@@ -30,7 +30,15 @@ class PPOExperiment:
     prompts_split: str = option("train", "split of a Hugging Face dataset")
     long_prompts: str = option("drop", "prompts longer than ppo.prompt_length: " + ", ".join(LONG_PROMPTS))
     reward: str = option(
-        "", "vader, FILE.py:function or package.module:function; the last two after jax: for a JAX score"
+        "",
+        "vader, model:FOLDER (a reward model), FILE.py:function or package.module:function; the last two after jax: "
+        "for a JAX score",
+    )
+    gold: str = option("", "a second judge of the responses' text, logged as objective/gold and never trained on")
+    critic: str = option(
+        "",
+        "a reward model of the policy's shape that the critic starts as, on a trunk of its own: a folder, or reward "
+        "for the one that reward names; empty: a new value head on the policy's trunk",
     )
     seed: int = option(0, "of sampling, shuffling and the data's order")
     num_iterations: int = option(40, "rollouts, each followed by ppo.num_epochs passes of updates")
@@ -68,16 +76,20 @@ class SFTExperiment:
     model: str = option("", "start from this Hugging Face folder or hub name; empty: a new model, as in `architecture`")
     tokenizer: str = option("", "folder or hub name of the tokenizer; empty: the model's")
     data: str = option(
-        "", "a JSONL file or a Hugging Face dataset with a column text, or columns prompt and completion"
+        "",
+        "a JSONL or Parquet file or a Hugging Face dataset with columns prompt and completion (text or chat), messages "
+        "or text",
     )
     data_split: str = option("train", "split of a Hugging Face dataset")
     heldout: str = option("", "the same, for perplexity; empty: the last heldout_frac of the data")
     heldout_split: str = option("test", "split of a Hugging Face dataset in heldout")
     heldout_frac: float = option(0.05, "share of the data held out when there is no heldout")
-    length: int = option(256, "slots for a text, in tokens; what is longer is cut")
+    length: int = option(256, "slots of a row, in tokens; a text that is longer is cut")
+    pack: bool = option(False, "several texts to a row, as they fit; none sees another")
     seed: int = option(0, "of initialisation and the data's order")
     num_steps: int = option(1000, "gradient steps")
-    batch_size: int = option(32, "texts a step")
+    batch_size: int = option(32, "rows a step")
+    accumulation: int = option(1, "parts of a batch, one after the other: the same steps in less memory")
     lr: float = option(3e-4, "peak learning rate of Adam")
     lr_schedule: str = option("cosine", "after the warm-up: " + ", ".join(LR_SCHEDULES))
     warmup_steps: int = option(50, "steps over which the learning rate rises linearly; the first of w has 1/w")
@@ -85,6 +97,9 @@ class SFTExperiment:
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this global norm")
     log_every: int = option(10, "steps between rows of metrics")
     eval_every: int = option(200, "steps between held-out perplexities; also after the last step")
+    patience: int = option(
+        0, "held-out losses without a new lowest before training stops, and the best model is exported; 0: never"
+    )
     checkpoint_every: int = option(200, "steps between checkpoints; the last one is always saved")
     checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
     dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
@@ -104,8 +119,10 @@ class SFTExperiment:
             "architecture", self.architecture, not self.model or self.architecture == new, "the defaults, next to model"
         )
         check_at_least(self, 2, "length")
-        check_at_least(self, 1, "num_steps batch_size log_every eval_every checkpoint_every checkpoints_to_keep")
-        check_at_least(self, 0, "warmup_steps weight_decay")
+        check_at_least(
+            self, 1, "num_steps batch_size accumulation log_every eval_every checkpoint_every checkpoints_to_keep"
+        )
+        check_at_least(self, 0, "patience warmup_steps weight_decay")
         for name in "lr max_grad_norm".split():
             check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import ACTIVATIONS, FAMILIES, REQUIRED, Family, Key, family_that_holds, words
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.hub.families import ACTIVATIONS, FAMILIES, REQUIRED, Family, Key, Model, family_that_holds, words
+from ppo_jax.models import ModelConfig, RewardModel
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -37,10 +37,19 @@ IRRELEVANT = words(
     "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences "
     "encoder_no_repeat_ngram_size bad_words_ids output_scores return_dict_in_generate forced_bos_token_id "
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
-    # classification heads, which a causal language model has not
+    # classification heads: see `check_one_label`; a causal language model has none
     "id2label label2id num_labels _num_labels problem_type finetuning_task",
 )
 """Keys of every family that change no logit."""
+
+ONE_LABEL: Mapping[str, Any] = {
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "problem_type": "regression",
+}
+"""What makes a classification model one that gives a number. `problem_type` keeps the pipelines of transformers from
+squashing it.
+"""
 
 _ROPE = ("rope_scaling", "rope_parameters")
 
@@ -103,17 +112,31 @@ def read_config(raw: Mapping[str, Any], where: object, dtype: str, param_dtype: 
         raise HubError(f"{where}: {error}") from error
 
 
-def write_config(config: ModelConfig, param_dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+def check_one_label(raw: Mapping[str, Any], where: object) -> None:
+    """Refuses a classification model that is said to have more labels than one; nothing said is nothing against it.
+
+    Raises:
+        HubError: another number of labels, or what is no number of labels.
+    """
+    names = raw.get("id2label")
+    counts = {"num_labels": raw.get("num_labels"), "id2label": len(names) if isinstance(names, dict) else names}
+    for name, count in counts.items():
+        if count not in (None, 1):
+            raise HubError(f"{where}: {name}: got {reprlib.repr(count)} labels, expected one: a reward")
+
+
+def write_config(model: Model, param_dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of a model, with the keys of transformers 4, which 5 and the other readers understand as well.
 
     Args:
-        config: the model.
+        model: the module.
         param_dtype: of the tensors in the file.
         token_ids: `bos_token_id` and its like.
 
     Raises:
         HubError: no family can express it.
     """
+    config = model.config
     model_type = family_that_holds(config)
     if model_type is None:
         raise HubError(f"save: no family of {', '.join(FAMILIES)} has files for {config}")
@@ -122,8 +145,9 @@ def write_config(config: ModelConfig, param_dtype: str, token_ids: Mapping[str, 
     for key in family.keys.values():
         if key.kind is str:
             values[key.name] = ACTIVATIONS[values[key.name]][0]
-    head = {"architectures": [family.architecture], "model_type": model_type, "torch_dtype": param_dtype}
-    return head | values | dict(token_ids)
+    head = {"architectures": [family.architectures[type(model)]], "model_type": model_type, "torch_dtype": param_dtype}
+    labels = ONE_LABEL if isinstance(model, RewardModel) else {}
+    return {**head, **values, **labels, **token_ids}
 
 
 def _read(raw: Mapping[str, Any], key: Key, where: object) -> Any:

@@ -2,8 +2,9 @@
 
 A row of a table is a name in their safetensors file and a path in our tree of parameters. `{i}` runs over the layers. A
 path with `query+key+value` is their fused matrix: ours stand side by side along the last axis. Our kernels are
-`[in, out]`: torch's `Linear` stores the transpose, GPT-2's `Conv1D` the same. Rows whose parameter a configuration does
-not have (biases, an untied vocabulary projection) drop out.
+`[in, out]`: torch's `Linear` stores the transpose, GPT-2's `Conv1D` the same. Rows whose parameter a model does not
+have (biases, an untied vocabulary projection, a score) drop out. Paths are those of a `Decoder`, also where it is a
+part of a `RewardModel`, and of the head beside it.
 
 A new family is a table, a `Family` and an entry of `FAMILIES`.
 """
@@ -12,7 +13,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models import Decoder, ModelConfig, RewardModel
+
+Model = Decoder | RewardModel
+"""What a folder can hold: a causal language model, or a sequence classifier with one label."""
+
+HEADS = ("lm_head.", "score.")
+"""What the names of heads start with: they carry no prefix."""
 
 REQUIRED = object()
 """Default of a config key that has none."""
@@ -44,7 +51,7 @@ class Family:
     """What is particular to one `model_type`.
 
     Attributes:
-        architecture: the class of transformers that opens it.
+        architectures: the class of transformers that opens each of our models.
         prefix: what their tensor names start with, where a file without the vocabulary projection may leave it out.
         rows: the table of names.
         ignored: regular expressions of tensors that are no parameters: masks and frequencies, recomputed by everybody.
@@ -54,7 +61,7 @@ class Family:
         irrelevant: keys that change nothing in the logits (dropout: training here uses none).
     """
 
-    architecture: str
+    architectures: Mapping[type, str]
     prefix: str
     rows: tuple[Row, ...]
     ignored: tuple[str, ...]
@@ -94,7 +101,7 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 """Our activation -> theirs that are the same function; the first one is written."""
 
 GPT2 = Family(
-    architecture="GPT2LMHeadModel",
+    architectures={Decoder: "GPT2LMHeadModel", RewardModel: "GPT2ForSequenceClassification"},
     prefix="transformer.",
     rows=(
         *_embedding("transformer.wte", "embed"),
@@ -107,6 +114,7 @@ GPT2 = Family(
         *_conv1d("transformer.h.{i}.mlp.c_proj", "layer_{i}/mlp/down"),
         *_norm("transformer.ln_f", "final_norm"),
         *_linear("lm_head", "lm_head"),
+        *_linear("score", "score_head"),
     ),
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
     keys={
@@ -137,7 +145,7 @@ GPT2 = Family(
 )
 
 LLAMA = Family(
-    architecture="LlamaForCausalLM",
+    architectures={Decoder: "LlamaForCausalLM", RewardModel: "LlamaForSequenceClassification"},
     prefix="model.",
     rows=(
         *_embedding("model.embed_tokens", "embed"),
@@ -152,6 +160,7 @@ LLAMA = Family(
         *_linear("model.layers.{i}.mlp.down_proj", "layer_{i}/mlp/down"),
         *_norm("model.norm", "final_norm"),
         *_linear("lm_head", "lm_head"),
+        *_linear("score", "score_head"),
     ),
     ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
     keys={

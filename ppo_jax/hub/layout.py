@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import Family
+from ppo_jax.hub.families import Family, Model
 from ppo_jax.hub.tensors import listed
-from ppo_jax.models import Decoder, ModelConfig
+from ppo_jax.models import RewardModel
 from ppo_jax.types import Params
 
 
@@ -24,6 +24,7 @@ class Tensor(NamedTuple):
     transposed: bool
     shape: tuple[int, ...]  # in our orientation, all parts together
     cuts: tuple[int, ...]  # where one part ends and the next begins
+    dtype: np.dtype  # of our parameters
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -38,41 +39,46 @@ def flatten(tree: Params) -> dict[str, Any]:
 
 
 @functools.cache
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter, as the model itself makes them; nothing is computed."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    tree = jax.eval_shape(lambda ids, mask: Decoder(config).init(jax.random.key(0), ids, mask), ids, mask)["params"]
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+def param_shapes(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every parameter, as the model itself makes them; nothing is computed."""
+    pad_id = (None,) if isinstance(model, RewardModel) else ()
+
+    def init() -> Params:
+        return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), *pad_id)["params"]
+
+    return flatten(jax.eval_shape(init))
 
 
-def file_layout(family: Family, config: ModelConfig, where: object, limit: float = math.inf) -> list[Tensor]:
+def file_layout(family: Family, model: Model, where: object, limit: float = math.inf) -> list[Tensor]:
     """Every tensor in the files of a model, by the table of its family.
 
     Args:
         family: whose files.
-        config: the model.
+        model: the module.
         where: for messages.
         limit: how many tensors there can be: said before anything as large as a strange configuration claims is built.
 
     Raises:
         HubError: more layers than `limit`, or a parameter that has no row in the table.
     """
-    if config.num_layers > limit:
-        raise HubError(f"{where}: {config.num_layers} layers in the configuration, {limit} tensors in the files")
-    shapes = param_shapes(config)
-    layout = list(_rows_present(family, config, shapes))
+    if model.config.num_layers > limit:
+        raise HubError(f"{where}: {model.config.num_layers} layers in the configuration, {limit} tensors in the files")
+    shapes = param_shapes(model)
+    layout = list(_rows_present(family, model, shapes))
     lost = shapes.keys() - {path for tensor in layout for path in tensor.paths}
     if lost:
-        raise HubError(f"{where}: the files of {family.architecture} have no place for {listed(lost)}")
+        architecture = family.architectures[type(model)]
+        raise HubError(f"{where}: the files of {architecture} have no place for {listed(lost)}")
     return layout
 
 
-def _rows_present(family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+def _rows_present(family: Family, model: Model, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Tensor]:
+    decoder = "decoder/" if isinstance(model, RewardModel) else ""
     for row in family.rows:
-        for i in range(config.num_layers if "{i}" in row.theirs else 1):
+        for i in range(model.config.num_layers if "{i}" in row.theirs else 1):
             paths = tuple(path.format(i=i) for path in row.parts())
+            paths = tuple(path if path in shapes else decoder + path for path in paths)
             if all(path in shapes for path in paths):
-                ends = np.cumsum([shapes[path][-1] for path in paths]).tolist()
-                shape = (*shapes[paths[0]][:-1], ends[-1])
-                yield Tensor(row.theirs.format(i=i), paths, row.transposed, shape, tuple(ends[:-1]))
+                first, ends = shapes[paths[0]], np.cumsum([shapes[path].shape[-1] for path in paths]).tolist()
+                shape = (*first.shape[:-1], ends[-1])
+                yield Tensor(row.theirs.format(i=i), paths, row.transposed, shape, tuple(ends[:-1]), first.dtype)

@@ -1,19 +1,20 @@
 """Model folders in: find one, read its configuration, read its weights."""
 
+import dataclasses
 import pathlib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.hub import configs
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import Family
+from ppo_jax.hub.families import HEADS, Family, Model
 from ppo_jax.hub.layout import Tensor, file_layout
 from ppo_jax.hub.tensors import listed, open_weights
-from ppo_jax.models import ModelConfig
+from ppo_jax.models import Decoder, ModelConfig, RewardModel
 from ppo_jax.types import Params
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -87,13 +88,26 @@ def load_eos_ids(folder: str | pathlib.Path) -> tuple[int, ...]:
     path = path if path.exists() else path.with_name("config.json")
     ids = configs.read_json(path).get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(map(_is_id, ids)):
         raise HubError(f"{path}: eos_token_id {ids!r}: expected an id or a list of ids")
     return tuple(ids)
 
 
+def load_pad_id(folder: str | pathlib.Path) -> int | None:
+    """The pad id of `config.json`, by which a reward model finds the token that it scores; None: it has none.
+
+    Raises:
+        HubError: the file is malformed.
+    """
+    path = _existing(folder) / "config.json"
+    pad_id = configs.read_json(path).get("pad_token_id")
+    if not (pad_id is None or _is_id(pad_id)):
+        raise HubError(f"{path}: pad_token_id {reprlib.repr(pad_id)}: expected an id or null")
+    return pad_id
+
+
 def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
-    """Reads the weights of a folder, one tensor at a time.
+    """Reads the weights of a causal language model, one tensor at a time.
 
     Args:
         folder: a Hugging Face model folder with `model.safetensors`, or several such files and their index.
@@ -104,21 +118,52 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
 
     Raises:
         HubError: pickles only; a damaged file; a tensor that is missing, surplus, of another shape, or not of finite
-            floats.
+            floats; a sequence classifier.
+    """
+    return _read_params(_existing(folder), Decoder(config))
+
+
+def load_reward_model(
+    folder: str | pathlib.Path, dtype: str = "float32", param_dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """Reads a sequence-classification model with one label, as a reward model; its pad id is read by `load_pad_id`.
+
+    Args:
+        folder: of `GPT2ForSequenceClassification`, `LlamaForSequenceClassification`, or from `save_reward_model`.
+        dtype: as `load_config`.
+        param_dtype: as `load_config`; the score head is float32 in any case.
+
+    Returns:
+        (the configuration, with `tie_embeddings=True` whatever the file says: there is no vocabulary projection; the
+        parameters of a `RewardModel`, as `load_params`).
+
+    Raises:
+        HubError: as `load_config` and `load_params`; another number of labels than one; a causal language model.
     """
     folder = _existing(folder)
+    path = folder / "config.json"
+    raw = configs.read_json(path)
+    config = dataclasses.replace(configs.read_config(raw, path, dtype, param_dtype), tie_embeddings=True)
+    configs.check_one_label(raw, path)
+    return config, _read_params(folder, RewardModel(config))
+
+
+def _read_params(folder: pathlib.Path, model: Model) -> Params:
     family = configs.read_family(configs.read_json(folder / "config.json"), folder / "config.json")
     params: dict[str, Any] = {}
     with open_weights(folder) as holders:
         named = _by_full_name(family, holders, folder)
-        layout = file_layout(family, config, where=folder, limit=len(named))
-        _check_names(family, config, named, layout, folder)
+        _check_kind(model, named, folder)
+        tied = isinstance(model, Decoder) and model.config.tie_embeddings
+        copy = named.pop("lm_head.weight", None) if tied else None
+        layout = file_layout(family, model, where=folder, limit=len(named))
+        _check_names(family.architectures[type(model)], named, layout, folder)
         for tensor in layout:
-            array = _read(named[tensor.name], tensor, config.param_dtype, folder)
+            array = _read(named[tensor.name], tensor, folder)
             for path, part in zip(tensor.paths, np.split(array, tensor.cuts, axis=-1), strict=True):
                 _put(params, path, np.ascontiguousarray(part))
-        if config.tie_embeddings and "lm_head.weight" in named:
-            _check_tie(named["lm_head.weight"], params["embed"]["embedding"], config, folder)
+        if copy is not None:
+            _check_tie(copy, params["embed"]["embedding"], folder)
     return params
 
 
@@ -136,6 +181,10 @@ def _existing(folder: str | pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
     *parents, last = path.split("/")
     for parent in parents:
@@ -147,7 +196,7 @@ def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> 
     """A model's tensors, with the family's prefix where a file leaves it out, and without those that are ignored."""
     named: dict[str, _Source] = {}
     for name, holder in holders.items():
-        full = name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name
+        full = name if name.startswith((family.prefix, *HEADS)) else family.prefix + name
         if full in named:
             raise HubError(f"{where}: {full!r} is there twice, with and without {family.prefix!r}")
         if not any(re.fullmatch(pattern, full) for pattern in family.ignored):
@@ -155,27 +204,35 @@ def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> 
     return named
 
 
-def _check_names(
-    family: Family, config: ModelConfig, named: Mapping[str, Any], layout: Sequence[Tensor], where: object
-) -> None:
+def _check_kind(model: Model, named: Mapping[str, _Source], where: object) -> None:
+    """A folder of another kind than the one that was asked for is told so, before its tensors are compared."""
+    score = named.get("score.weight")
+    if isinstance(model, Decoder) and score:
+        raise HubError(f"{where}: a sequence classifier (score.weight is there), expected a causal language model")
+    if isinstance(model, RewardModel) and not score:
+        raise HubError(f"{where}: no sequence classifier (score.weight is missing), expected one with one label")
+    shape = score.file.get_slice(score.name).get_shape() if score else ()
+    if len(shape) == 2 and shape[0] != 1:
+        raise HubError(f"{where}: score.weight has {shape[0]} labels, expected one: a reward")
+
+
+def _check_names(architecture: str, named: Mapping[str, Any], layout: Sequence[Tensor], where: object) -> None:
     expected = {tensor.name for tensor in layout}
     missing, surplus = expected - named.keys(), named.keys() - expected
-    if config.tie_embeddings:
-        surplus -= {"lm_head.weight"}
     if missing:
         raise HubError(f"{where}: tensors are missing: {listed(missing)}")
     if surplus:
-        raise HubError(f"{where}: tensors that a {family.architecture} so configured has not: {listed(surplus)}")
+        raise HubError(f"{where}: tensors that a {architecture} so configured has not: {listed(surplus)}")
 
 
-def _check_tie(source: _Source, embedding: np.ndarray, config: ModelConfig, where: object) -> None:
+def _check_tie(source: _Source, embedding: np.ndarray, where: object) -> None:
     """A vocabulary projection that is stored although it is tied must be the embedding: one of two would be lost."""
-    tensor = Tensor("lm_head.weight", (), False, embedding.shape, ())
-    if not np.array_equal(_read(source, tensor, config.param_dtype, where), embedding):
+    tensor = Tensor("lm_head.weight", (), False, embedding.shape, (), embedding.dtype)
+    if not np.array_equal(_read(source, tensor, where), embedding):
         raise HubError(f"{where}: lm_head.weight is not the embedding, although tie_word_embeddings is true")
 
 
-def _read(source: _Source, tensor: Tensor, param_dtype: str, where: object) -> np.ndarray:
+def _read(source: _Source, tensor: Tensor, where: object) -> np.ndarray:
     """One tensor, checked, in our orientation and dtype."""
     header = source.file.get_slice(source.name)
     shape, stored = tuple(header.get_shape()), header.get_dtype()
@@ -185,7 +242,7 @@ def _read(source: _Source, tensor: Tensor, param_dtype: str, where: object) -> n
         raise HubError(f"{where}: {source.name}: got dtype {stored}, expected one of {', '.join(_FLOATS)}")
     array = source.file.get_tensor(source.name)
     with np.errstate(over="ignore"):  # an infinity is found below, by name
-        array = (array.T if tensor.transposed else array).astype(jnp.dtype(param_dtype), order="C", copy=False)
+        array = (array.T if tensor.transposed else array).astype(tensor.dtype, order="C", copy=False)
     if not np.isfinite(array).all():
-        raise HubError(f"{where}: {source.name} has values that are not finite numbers in {param_dtype}")
+        raise HubError(f"{where}: {source.name} has values that are not finite numbers in {tensor.dtype}")
     return array

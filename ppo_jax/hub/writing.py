@@ -1,5 +1,6 @@
 """Model folders out: everything that transformers needs to open one, written so that it stands whole or not at all."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,10 +11,10 @@ import numpy as np
 
 from ppo_jax.hub.configs import write_config
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import FAMILIES
+from ppo_jax.hub.families import FAMILIES, Model
 from ppo_jax.hub.layout import Tensor, file_layout, flatten, param_shapes
 from ppo_jax.hub.tensors import WEIGHTS, Writable, listed, write_weights
-from ppo_jax.models import ModelConfig
+from ppo_jax.models import Decoder, ModelConfig, RewardModel
 from ppo_jax.types import Params
 
 
@@ -47,6 +48,53 @@ def save(
         HubError: no family can express the model, parameters that do not fit `config` or are not finite, a place that
             holds something else than a model.
     """
+    ids = _token_ids(tokenizer, eos_ids, pad_id, bos_id)
+    return _replace(folder, params, Decoder(config), tokenizer, ids)
+
+
+def save_reward_model(
+    folder: str | pathlib.Path,
+    params: Params,
+    config: ModelConfig,
+    tokenizer: Any,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    bos_id: int | None = None,
+) -> pathlib.Path:
+    """Writes a folder that `AutoModelForSequenceClassification` of transformers opens, and scores with alike.
+
+    Texts that are padded left need `position_ids` there, for GPT-2: it counts positions from the first slot, padding
+    included. It is replaced whole or not at all, as by `save`.
+
+    Args:
+        folder: as `save`.
+        params: of a `RewardModel`; stored as they are.
+        config: the model; `tie_embeddings` does not matter.
+        tokenizer: as `save`; where it pads, it must pad with `pad_id`.
+        eos_ids: tokens that end a text.
+        pad_id: the id by which the scored token is found; transformers scores no batches without one.
+        bos_id: None: the tokenizer's.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        HubError: as `save`; a pad id outside the vocabulary, or other than the tokenizer's.
+    """
+    if not 0 <= pad_id < config.vocab_size:
+        raise HubError(f"save: pad_id: got {pad_id}, expected an id in the vocabulary of {config.vocab_size}")
+    theirs = getattr(tokenizer, "pad_token_id", None)
+    if theirs not in (None, pad_id):
+        raise HubError(f"save: pad_id: got {pad_id}, expected {theirs}, with which the tokenizer pads")
+    model = RewardModel(dataclasses.replace(config, tie_embeddings=True))
+    return _replace(folder, params, model, tokenizer, _token_ids(tokenizer, eos_ids, pad_id, bos_id))
+
+
+def _replace(
+    folder: str | pathlib.Path, params: Params, model: Model, tokenizer: Any, token_ids: Mapping[str, Any]
+) -> pathlib.Path:
+    """What `save` says of its folder: the new one is complete before it takes the place of the old one."""
     target = pathlib.Path(folder).expanduser().resolve()
     fresh, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +105,7 @@ def save(
     shutil.rmtree(old, ignore_errors=True)
     try:
         fresh.mkdir()
-        _write(fresh, params, config, tokenizer, _token_ids(tokenizer, eos_ids, pad_id, bos_id))
+        _write(fresh, params, model, tokenizer, token_ids)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -81,7 +129,7 @@ def _is_empty_folder(path: pathlib.Path) -> bool:
 def _token_ids(
     tokenizer: Any, eos_ids: Sequence[int] | None, pad_id: int | None, bos_id: int | None
 ) -> dict[str, int | list[int] | None]:
-    """The three entries of `generation_config.json`; several EOS ids are a list, one is a number, none is null."""
+    """The three entries of both configuration files; several EOS ids are a list, one is a number, none is null."""
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if eos_ids is not None:
         ids["eos_token_id"] = [int(i) for i in eos_ids] if len(eos_ids) > 1 else next(map(int, eos_ids), None)
@@ -92,17 +140,20 @@ def _token_ids(
     return ids
 
 
-def _write(
-    folder: pathlib.Path, params: Params, config: ModelConfig, tokenizer: Any, token_ids: Mapping[str, Any]
-) -> None:
+def _write(folder: pathlib.Path, params: Params, model: Model, tokenizer: Any, token_ids: Mapping[str, Any]) -> None:
     flat = flatten(params)
-    misfits = dict({path: tuple(leaf.shape) for path, leaf in flat.items()}.items() ^ param_shapes(config).items())
+    shapes, expected = ({path: tuple(x.shape) for path, x in tree.items()} for tree in (flat, param_shapes(model)))
+    misfits = dict(shapes.items() ^ expected.items())
     if misfits:
         raise HubError(f"save: parameters that do not fit the configuration: {listed(misfits)}")
-    raw = write_config(config, np.dtype(flat["embed/embedding"].dtype).name, token_ids)
-    layout = file_layout(FAMILIES[raw["model_type"]], config, where="save")
+    embedding = params.get("decoder", params)["embed"]["embedding"]
+    raw = write_config(model, np.dtype(embedding.dtype).name, token_ids)
+    layout = file_layout(FAMILIES[raw["model_type"]], model, where="save")
     write_weights(folder / WEIGHTS, {tensor.name: _writable(tensor, flat) for tensor in layout})
-    for name, content in (("config.json", raw), ("generation_config.json", token_ids)):
+    files: dict[str, Mapping[str, Any]] = {"config.json": raw}
+    if isinstance(model, Decoder):  # a classifier generates nothing
+        files["generation_config.json"] = token_ids
+    for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

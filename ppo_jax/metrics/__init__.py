@@ -4,7 +4,7 @@
 The curves are drawn by `ppo_jax.plots`, which alone needs matplotlib.
 """
 
-from ppo_jax.metrics.jsonl import JsonlWriter, atomic_write, read_jsonl, truncate_jsonl
+from ppo_jax.metrics.jsonl import JsonlWriter, atomic_write, read_jsonl, truncate_jsonl, write_jsonl
 from ppo_jax.metrics.terminal import PPO_COLUMNS, Reporter
 from ppo_jax.metrics.writers import (
     KNOWN_TRACKERS,
@@ -32,4 +32,5 @@ __all__ = [
     "make_writers",
     "read_jsonl",
     "truncate_jsonl",
+    "write_jsonl",
 ]

@@ -7,7 +7,7 @@ readers skip it, `truncate_jsonl` and `JsonlWriter` remove it. Any other line th
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ class JsonlWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes all rows of a file at once, as `JsonlWriter` would; the file is absent, old or new, and never half there."""
+    atomic_write(path, b"".join(map(_encode, rows)))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

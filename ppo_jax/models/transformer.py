@@ -42,6 +42,21 @@ def causal_mask(mask: jax.Array) -> jax.Array:
     return mask[:, None, :] & (slots[:, None] >= slots[None, :])[None]
 
 
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """Position of each token within its text, from 0: `[B, S]` int to `[B, S]` int32; see `Examples.segments`."""
+    slots = jnp.broadcast_to(jnp.arange(segments.shape[-1], dtype=jnp.int32), segments.shape)
+    begins = segments[:, 1:] != segments[:, :-1]
+    starts = jnp.where(jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True), slots, 0)
+    return slots - jax.lax.cummax(starts, axis=1)
+
+
+def segment_mask(segments: jax.Array) -> jax.Array:
+    """Who may look at whom: `[B, S]` int to `[B, S, S]` bool; query t sees the tokens of its own text at t and before,
+    and padding sees nothing. See `Examples.segments`.
+    """
+    return causal_mask(segments > 0) & (segments[:, :, None] == segments[:, None, :])
+
+
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """A cache of zeros for `batch` sequences of `length` slots, in the compute dtype."""
     shape = (batch, length, config.num_kv_heads, config.head_dim)

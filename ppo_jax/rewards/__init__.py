@@ -4,6 +4,16 @@
 
 from ppo_jax.rewards.host import HostReward, RewardError, call_reward, check_scores
 from ppo_jax.rewards.lexicon import make_lexicon_score
-from ppo_jax.rewards.registry import load_reward
+from ppo_jax.rewards.registry import Judge, check_score, load_host_reward, load_reward
 
-__all__ = ["HostReward", "RewardError", "call_reward", "check_scores", "load_reward", "make_lexicon_score"]
+__all__ = [
+    "HostReward",
+    "Judge",
+    "RewardError",
+    "call_reward",
+    "check_score",
+    "check_scores",
+    "load_host_reward",
+    "load_reward",
+    "make_lexicon_score",
+]

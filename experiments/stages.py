@@ -1,0 +1,101 @@
+"""Stages of a long road: each in its folder, each done once for the same settings and inputs."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.errors import InputError
+from ppo_jax.runs import write_json
+
+Work = Callable[[Path], dict[str, Any]]
+
+
+class Stages:
+    """Which stages of a workdir are done, and with what (`stages.json`).
+
+    A stage whose settings or inputs have changed starts anew; its old folder stays beside it as NAME.old, NAME.old2,
+    and so on: nothing is deleted.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        """Reads what is done.
+
+        Raises:
+            InputError: `stages.json` is damaged, or the folder holds something else.
+        """
+        self.workdir, self.path = workdir, workdir / "stages.json"
+        if not self.path.exists() and workdir.exists() and any(workdir.iterdir()):
+            raise InputError(f"workdir {workdir}: it holds files but no stages.json; expected an empty folder or a run")
+        self._entries: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            try:
+                self._entries = dict(json.loads(self.path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{self.path}: damaged: {error}") from error
+
+    def run(self, name: str, inputs: Any, after: Collection[str], work: Work) -> dict[str, Any]:
+        """The result of a stage: worked out now, or remembered.
+
+        Args:
+            name: of the stage and of its folder.
+            inputs: what the result depends on, beside earlier stages; anything that JSON can hold.
+            after: names of the stages whose results it uses.
+            work: takes the folder, which a killed run may have left half full, and returns the result.
+        """
+        fingerprint = _digest([inputs, [self._entries[earlier]["fingerprint"] for earlier in after]])
+        entry, folder = self._entries.get(name, {}), self.workdir / name
+        if entry.get("fingerprint") == fingerprint and "result" in entry and folder.exists():
+            return entry["result"]
+        print(f"{name}: {folder}", flush=True)
+        if entry.get("fingerprint") != fingerprint and folder.exists():
+            print(f"{name}: other settings or inputs; the old folder stays as {_set_aside(folder)}", flush=True)
+        self._note(name, {"fingerprint": fingerprint})
+        result = work(folder)
+        self._note(name, {"fingerprint": fingerprint, "result": result})
+        return result
+
+    def result(self, name: str) -> dict[str, Any]:
+        """The result of a stage that is done."""
+        return self._entries[name]["result"]
+
+    def _note(self, name: str, entry: dict[str, Any]) -> None:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._entries[name] = entry
+        write_json(self.path, self._entries)
+
+
+def identity(inputs: Any, may_change: Collection[str] = ()) -> Any:
+    """What tells whether inputs have changed.
+
+    Of settings (a dataclass) every field but those in `may_change`; of a text that names a file the file's SHA-256 as
+    well, of one that names a folder the names and sizes in it. `jax:` and `model:` before a name, and `:function` after
+    it, are understood.
+    """
+    if dataclasses.is_dataclass(inputs):
+        fields = [field.name for field in dataclasses.fields(inputs) if field.name not in may_change]
+        return {name: identity(getattr(inputs, name)) for name in fields}
+    if not isinstance(inputs, str) or not inputs:
+        return inputs
+    name = inputs.removeprefix("jax:").removeprefix("model:")
+    path = Path(name if Path(name).exists() else name.rpartition(":")[0] or name).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return [inputs, hashlib.file_digest(file, "sha256").hexdigest()]
+    if path.is_dir():
+        return [inputs, sorted([child.name, child.stat().st_size] for child in path.iterdir() if child.is_file())]
+    return inputs
+
+
+def _set_aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old{number if number > 1 else ''}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

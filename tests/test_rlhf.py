@@ -1,0 +1,161 @@
+"""The whole road in small: every stage, what is passed over, what runs again, and people instead of the simulation."""
+
+import json
+import os
+import re
+import subprocess
+import time
+
+import folders
+import numpy as np
+import pytest
+
+from experiments import rlhf
+from experiments.settings import RLHFExperiment
+from ppo_jax.feedback.store import Store
+
+CONFIG = folders.ROOT / "experiments" / "configs" / "quickstart.py"
+SMALL = {
+    "num_eval_prompts": 4,
+    "corpus.num_train": 3000, "corpus.num_heldout": 8, "corpus.num_demonstrations": 40, "corpus.num_prompts": 20,
+    "corpus.vocab_size": 2048,
+    "pretrain.num_steps": 2, "pretrain.batch_size": 8, "pretrain.eval_every": 2, "pretrain.log_every": 1,
+    "pretrain.architecture.num_layers": 1, "pretrain.architecture.width": 16,
+    "pretrain.architecture.mlp_width": 16, "pretrain.mesh.data": 1,
+    "sft.num_steps": 2, "sft.batch_size": 8, "sft.eval_every": 2, "sft.log_every": 1, "sft.mesh.data": 1,
+    "collect.num_responses": 2, "collect.response_length": 8, "collect.batch_size": 8,
+    "reward.response_length": 8, "reward.batch_size": 4, "reward.num_epochs": 1, "reward.log_every": 1,
+    "reward.reference_samples": 8, "reward.mesh.data": 1,
+    "ppo.num_iterations": 1, "ppo.eval_prompts": 8, "ppo.mesh.data": 1, "ppo.ppo.batch_size": 8,
+    "ppo.ppo.response_length": 8, "ppo.ppo.num_epochs": 1, "ppo.ppo.num_minibatches": 1,
+}  # fmt: skip
+STAGES = ("corpus", "pretrain", "sft", "prompts", "feedback", "reward_model", "ppo", "evaluation")
+NAMES = (
+    "reward_model/accuracy", "reward_model/annotator_ceiling", "gold/base", "gold/best_of_16", "gold/ppo", "proxy/base",
+    "proxy/ppo", "objective/kl",
+)  # fmt: skip
+
+
+def flags(workdir, **changes):
+    """The command line of the small road."""
+    fields = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """A finished workdir; tests leave it as it is."""
+    workdir = tmp_path_factory.mktemp("road") / "run"
+    outcome = folders.run_script("rlhf.py", flags(workdir))
+    assert (outcome.status, outcome.err) == (0, "")
+    return workdir
+
+
+def copy_of(road, tmp_path):
+    """The finished road under the same name (settings hold paths), with a way back."""
+    subprocess.run(["cp", "-a", str(road), str(tmp_path / "kept")], check=True)
+    return tmp_path / "kept"
+
+
+def test_every_stage_leaves_its_result(road):
+    assert set(STAGES) <= set(os.listdir(road))
+    summary = json.loads((road / "summary.json").read_text())
+    assert all(np.isfinite(summary[name]) for name in NAMES)
+    assert 0 <= summary["reward_model/accuracy"] <= 1
+    assert 0 <= summary["reward_model/annotator_ceiling"] <= 1
+    page = (road / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert (road / "report.md").stat().st_size > 1000
+    rows = [json.loads(line) for line in (road / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"objective/score", "objective/gold", "objective/kl"} <= row.keys() for row in rows)
+
+
+def test_the_simulated_annotator_writes_into_the_store_of_the_page(road):
+    judgements = Store(road / "feedback" / "feedback.db").judgements()
+    assert {one.annotator for one in judgements} <= {"simulated 1", "simulated 2"}
+    files = [(road / "feedback" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "heldout")]
+    prompts = [{json.loads(line)["prompt"] for line in lines} for lines in files]
+    assert sum(map(len, files)) == len(judgements)
+    assert not prompts[0] & prompts[1]
+
+
+def test_a_second_start_does_nothing(road, capsys):
+    before = folders.contents(road)
+    outcome = folders.call_script(rlhf, RLHFExperiment, flags(road), capsys)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "gold/ppo" in outcome.out
+    assert not any(f"{stage}: " in outcome.out for stage in STAGES)
+    assert folders.contents(road) == before
+
+
+def test_a_changed_setting_of_ppo_runs_ppo_and_evaluation_again(road, tmp_path, capsys):
+    workdir = copy_of(road, tmp_path)
+    before = folders.contents(workdir)
+    outcome = folders.call_script(rlhf, RLHFExperiment, flags(workdir, ppo__ppo__lr=2e-4), capsys)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert re.findall(r"^(\w+): /", outcome.out, re.MULTILINE) == ["ppo", "evaluation"]
+    after = folders.contents(workdir)
+
+    def of(contents, *names):
+        return {path: data for path, data in contents.items() if str(path).split("/")[0] in names}
+
+    kept = [stage for stage in STAGES if stage not in ("ppo", "evaluation")]
+    assert of(after, *kept) == of(before, *kept)
+    assert set(os.listdir(workdir / "ppo.old")) == set(os.listdir(workdir / "ppo"))
+    assert json.loads((workdir / "ppo" / "config.json").read_text())["ppo"]["lr"] == 2e-4
+
+
+def test_a_lost_report_comes_back(road, tmp_path, capsys):
+    workdir = copy_of(road, tmp_path)
+    page = (workdir / "report.html").read_bytes()
+    (workdir / "report.html").unlink()
+    assert folders.call_script(rlhf, RLHFExperiment, flags(workdir), capsys).status == 0
+    assert len((workdir / "report.html").read_bytes()) == pytest.approx(len(page), rel=0.01)
+
+
+def test_people_are_waited_for(road, tmp_path):
+    """The page is served until everything is judged, here by another process on the same store; then it goes on."""
+    workdir = copy_of(road, tmp_path)
+    changes = {"feedback": "page", "collect__port": 0, "collect__overlap": 0.0}
+    process = folders.start_script("rlhf.py", flags(workdir, **changes), stdout=subprocess.PIPE)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("open http://127.0.0.1:"):
+            break
+    store = Store(workdir / "feedback" / "feedback.db")
+    while (shown := store.next_item("Ada")) is not None:
+        order = list(np.argsort([len(text) for text in shown.responses]) + 1)
+        store.judge("Ada", shown.item_id, shown.form_token, ranks=[order.index(i + 1) + 1 for i in range(len(order))])
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, "".join(lines) + out
+    assert time.monotonic() - began < 240
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["reward_model/annotator_ceiling"] is None
+    assert summary["gold/ppo"] is None
+    assert np.isfinite(summary["proxy/ppo"])
+    assert (workdir / "feedback.old" / "feedback.db").exists()
+
+
+REFUSED = {
+    "a vocabulary too small": ({"corpus__vocab_size": 20, "corpus__num_train": 20}, "vocab_size"),
+    "an unknown judge": ({"gold": "nowhere:gold"}, "nowhere"),
+    "nobody to judge": ({"feedback": "nobody"}, "feedback: got 'nobody'"),
+    "too many prompts to keep": ({"num_eval_prompts": 30}, "num_eval_prompts"),
+    "a model without prompts": ({"model": "somewhere"}, "prompts"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused(tmp_path, capsys, name):
+    changes, told = REFUSED[name]
+    assert told in folders.call_script(rlhf, RLHFExperiment, flags(tmp_path / "run", **changes), capsys).error()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "letters.txt").write_text("Dear Ada,")
+    error = folders.call_script(rlhf, RLHFExperiment, flags(tmp_path), capsys).error()
+    assert "stages.json" in error
+    assert (tmp_path / "letters.txt").read_text() == "Dear Ada,"
