@@ -26,6 +26,7 @@ from ppo_jax.errors import InputError, check
 from ppo_jax.evaluation import pair_accuracy
 from ppo_jax.feedback.agreement import agreement
 from ppo_jax.feedback.formats import export
+from ppo_jax.feedback.page import check_installed
 from ppo_jax.feedback.simulated import annotate
 from ppo_jax.metrics import read_jsonl, write_jsonl
 from ppo_jax.rewards import call_reward, load_host_reward
@@ -42,10 +43,12 @@ class Road:
 
     def __init__(self, settings: RLHFExperiment, workdir: Path) -> None:
         """Opens the workdir, and refuses what else would fail after minutes."""
-        self.settings, self.workdir = settings, workdir
+        self.settings, self.workdir = settings.seeded(), workdir
         self.gold = settings.gold if settings.feedback == "simulated" else ""
         if self.gold:
             load_host_reward(self.gold)
+        else:
+            check_installed()
         self.stages = Stages(workdir)
         self.model = settings.model  # the newest language model on the road
         self.done: list[str] = []  # the stages that it comes from
@@ -104,7 +107,7 @@ class Road:
             print(f"held-out perplexity: {results['heldout/perplexity']:.2f} a token", flush=True)
             return results
 
-        inputs = [identity(given, train_sft.MAY_CHANGE), identity(self.model)]
+        inputs = [identity(given, train_sft.MAY_CHANGE), identity(self.settings.model)]
         self.stages.run(name, inputs, after, work)
         self.model, self.done = str(self.workdir / name / "model"), [*after, name]
 
@@ -220,7 +223,7 @@ class Road:
                 (workdir / name).unlink(missing_ok=True)  # of an earlier result
             return results
 
-        results = self.stages.run("evaluation", identity(settings.seed), [*self.done, "ppo"], work)
+        results = self.stages.run("evaluation", best_of_n.N, [*self.done, "ppo"], work)
         summary = self._summary(results)
         if not all((workdir / name).exists() for name in REPORT):
             write_report(workdir, summary)

@@ -133,9 +133,14 @@ def load_critic(settings: PPOExperiment, policy: ModelConfig) -> Params | None:
     Raises:
         InputError: it cannot be used, or is not of the policy's shape.
     """
-    name = settings.reward.removeprefix("model:") if settings.critic == "reward" else settings.critic
+    name = settings.critic
     if not name:
         return None
+    if name == "reward":
+        check(
+            "config.reward", settings.reward, settings.reward.startswith("model:"), "model:FOLDER, with critic=reward"
+        )
+        name = settings.reward.removeprefix("model:")
     config, params = hub.load_reward_model(hub.resolve(name), dtype=policy.dtype)
     ours, theirs = (dataclasses.asdict(dataclasses.replace(c, tie_embeddings=True)) for c in (policy, config))
     differing = [f"{field}={theirs[field]}" for field in ours if ours[field] != theirs[field]]

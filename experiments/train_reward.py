@@ -1,6 +1,7 @@
 """Training of a reward model, from comparisons (pairs, choices, rankings) or from ratings.
 
-    python experiments/train_reward.py --config=experiments/configs/reward_stories.py --workdir=runs/reward
+    python experiments/train_reward.py --config=experiments/configs/reward.py --workdir=runs/reward \
+        --config.model=FOLDER --config.data=PAIRS.jsonl
 
 The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, reference_samples.jsonl, and at the end
 model/ (a Hugging Face sequence-classification folder with one label), curves.png, reliability.png and results.json. The

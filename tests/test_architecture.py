@@ -76,7 +76,7 @@ FENCES = {
 }
 
 # Below the fourth floor nothing reads files or clocks, except where files are the subject.
-READERS = {"hub", "data", "tokenizers", "preferences"}
+READERS = {"hub", "data", "tokenizers"}
 CLOCKS = {"time", "datetime"}
 FILE_METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 ARRAY_FILE_METHODS = {"load", "save", "savez", "loadtxt", "savetxt", "fromfile", "memmap"}

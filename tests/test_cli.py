@@ -8,11 +8,27 @@ from types import SimpleNamespace
 import folders
 import pytest
 
-from experiments import cli, rlhf, train_ppo, train_sft
-from experiments.settings import PPOExperiment, RLHFExperiment, SFTExperiment, defaults, describe
+from experiments import cli, collect_feedback, evaluate, rlhf, train_ppo, train_reward, train_sft
+from experiments.settings import (
+    EvaluateExperiment,
+    FeedbackExperiment,
+    PPOExperiment,
+    RewardExperiment,
+    RLHFExperiment,
+    SFTExperiment,
+    defaults,
+    describe,
+)
 
 SENTIMENT = folders.ROOT / "experiments" / "configs" / "ppo_sentiment.py"
-SCRIPTS = {PPOExperiment: train_ppo, SFTExperiment: train_sft, RLHFExperiment: rlhf}
+SCRIPTS = {
+    PPOExperiment: train_ppo,
+    SFTExperiment: train_sft,
+    FeedbackExperiment: collect_feedback,
+    RewardExperiment: train_reward,
+    EvaluateExperiment: evaluate,
+    RLHFExperiment: rlhf,
+}
 
 
 @pytest.fixture
@@ -88,7 +104,15 @@ def test_starts_do_not_see_each_others_flags(call, tmp_path):
 
 
 def test_every_field_shows_with_its_help(call):
-    shipped = {PPOExperiment: "ppo_sentiment", SFTExperiment: "sft_reviews", RLHFExperiment: "quickstart"}
+    shipped = {
+        PPOExperiment: "ppo_sentiment",
+        SFTExperiment: "sft_reviews",
+        FeedbackExperiment: "feedback",
+        RewardExperiment: "reward",
+        EvaluateExperiment: "evaluate",
+        RLHFExperiment: "quickstart",
+    }
+    assert shipped.keys() == SCRIPTS.keys()
     for kind, name in shipped.items():
         config = folders.ROOT / "experiments" / "configs" / f"{name}.py"
         outcome, given = call(f"--config={config}", "--print_config", kind=kind)
@@ -159,7 +183,10 @@ def test_a_wrong_flag_is_told(call, tmp_path, flag, told):
     assert not os.listdir(tmp_path)
 
 
-SHIPPED = ("ppo_sentiment.py", "quickstart.py", "sft_reviews.py")
+SHIPPED = (
+    "evaluate.py", "feedback.py", "ppo_sentiment.py", "quickstart.py", "reward.py", "rlhf_sentiment.py", "sft_chat.py",
+    "sft_reviews.py",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -183,7 +210,7 @@ def test_a_workdir_is_needed(call):
 
 def test_the_file_of_another_script_is_told(call):
     outcome, _ = call(f"--config={folders.ROOT / 'experiments/configs/quickstart.py'}", "--workdir=x")
-    assert "unknown field 'corpus'" in outcome.error()
+    assert "unknown field 'annotator_temperature'" in outcome.error()
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class Visitor:
         assert (answer.status, answer.headers["Location"]) == (303, "/judge")
         return self.get("/judge")
 
-    def judge(self, shown: Answer, **fields) -> Answer:
+    def judge(self, shown: Answer, /, **fields) -> Answer:
         """Fills the form of a page that was shown, and sends it."""
         return self.post(shown.seen.item(), shown.seen.form("/judge/") | fields)
 
@@ -239,6 +239,7 @@ def test_half_a_judgement_is_shown_again_with_what_was_typed(store, serve, item,
     again = anna.judge(shown, comment="\nwhy & <how>", **fields)
     assert again.status == 422
     assert 'role="alert"' in again.text
+    assert again.text.count("<form ") == shown.text.count("<form ")
     assert "\nwhy &amp; &lt;how&gt;</textarea>" in again.text
     assert again.seen.texts == shown.seen.texts
     assert again.seen.form("/judge/") == shown.seen.form("/judge/")
@@ -642,13 +643,25 @@ def test_a_comment_may_have_ten_thousand_characters(store, serve):
     assert store.judgements()[0].comment == "\U0001f600\n" * 5000
 
 
+def test_fields_that_no_form_of_ours_has_mean_nothing(store, serve):
+    store.add_items(pairs(1))
+    anna = serve(store)()
+    shown = anna.begin("Anna")
+    names = ("self", "session", "shown", "status", "error", "title", "request", "progress", "", "rank_1", "__class__")
+    assert anna.judge(shown, **dict.fromkeys(names, "x")).status == 422
+    assert anna.judge(shown, **dict.fromkeys(names, "x"), choice="1").status == 303
+    assert len(store.judgements()) == 1
+
+
 def test_other_kinds_of_requests_are_refused(store, serve):
     store.add_items(pairs(1))
     anna = serve(store)()
     shown = anna.begin("Anna")
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
         for path in ("/", "/judge", shown.seen.item(), "/undo"):
-            assert anna.ask(method, path).status == 405
+            answer = anna.ask(method, path)
+            assert answer.status == 405
+            assert answer.headers["Allow"]
     assert anna.get("/undo").status == anna.get("/start").status == anna.get(shown.seen.item()).status == 405
     form = shown.seen.form("/judge/") | {"choice": "1"}
     for kind in ("multipart/form-data; boundary=x", "application/json", "text/plain", None):

@@ -171,7 +171,7 @@ def test_both_reports_tell_the_same(road):
             "annotator's ceiling of 79.0%",
             "were made by a simulated annotator",
             "Correlation of score and length: +0.21 pearson.",
-            "before normalisation",
+            "before training",
             "jax",
         ):
             assert sentence in words(page.text)

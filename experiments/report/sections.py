@@ -141,8 +141,9 @@ def _reward_model(road: Road) -> Section:
     moments = results.get("normalization")
     if isinstance(moments, Mapping):
         known = {when: x for when in ("before", "after") if isinstance(x := moments.get(when), Mapping)}
-        rows = [(f"{when} normalisation", _fixed(x.get("mean")), _fixed(x.get("std"))) for when, x in known.items()]
+        rows = [(f"{when} training", _fixed(x.get("mean")), _fixed(x.get("std"))) for when, x in known.items()]
         section.tables.append(Table(("scores of the reference's samples", "mean", "standard deviation"), rows))
+        section.paragraphs.append("Both times these were then set to 0 and 1, by the head's gain and bias.")
     return section
 
 

@@ -46,6 +46,7 @@ class RLHFExperiment:
     annotator_temperature: float = option(
         1.0, "of the simulated annotator's noise: it prefers a with probability sigmoid((gold(a) - gold(b)) / this)"
     )
+    seed: int = option(0, "added to the seed of every stage but the corpus")
     feedback_heldout: float = option(0.2, "share of the judged prompts held out from the reward model")
     corpus: CorpusSettings = dataclasses.field(default_factory=CorpusSettings)
     pretrain: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
@@ -54,10 +55,17 @@ class RLHFExperiment:
     reward: RewardExperiment = dataclasses.field(default_factory=RewardExperiment)
     ppo: PPOExperiment = dataclasses.field(default_factory=PPOExperiment)
 
+    def seeded(self) -> "RLHFExperiment":
+        """The same with `seed` added to the stages' own."""
+        stages = {name: getattr(self, name) for name in ("pretrain", "sft", "collect", "reward", "ppo")}
+        added = {name: dataclasses.replace(stage, seed=stage.seed + self.seed) for name, stage in stages.items()}
+        return dataclasses.replace(self, seed=0, **added)
+
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("feedback", self.feedback, self.feedback in FEEDBACK, "one of " + ", ".join(FEEDBACK))
         check_at_least(self, 2, "num_eval_prompts")
+        check_at_least(self, 0, "seed")
         check("annotator_temperature", self.annotator_temperature, self.annotator_temperature > 0, "a number above 0")
         share = self.feedback_heldout
         check("feedback_heldout", share, 0 < share < 1, "a number in (0, 1)")

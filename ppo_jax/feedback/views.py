@@ -81,12 +81,14 @@ class Page:
     def item(self, request: Request) -> Response:
         """Shows the item that the annotator judges next."""
         session = request.scope["session"]
-        return self._show(session, self._store.next_item(session.annotator))
+        return self._show(session, self._store.next_item(session.annotator), {})
 
-    def _show(self, session: Session, shown: Shown | None, status: int = 200, error: str = "", **form: str) -> Response:
+    def _show(
+        self, session: Session, shown: Shown | None, form: dict[str, str], status: int = 200, error: str = ""
+    ) -> Response:
         progress = self._store.progress(session.annotator)
         template = "item.html" if shown else "done.html"
-        return self.html(template, status, session, shown=shown, progress=progress, error=error, form=form)
+        return self.html(template, status, session, shown=shown, progress=progress, form=form, error=error)
 
     def judge(self, request: Request) -> Response:
         """Takes a judgement, and goes on to the next item; the same form a second time changes nothing."""
@@ -99,7 +101,7 @@ class Page:
             shown = self._store.next_item(session.annotator)
             if shown is None or (shown.item_id, shown.form_token) != (item_id, token):
                 return self.html("error.html", 404, session, reason=str(error))
-            return self._show(session, shown, 422, str(error), **(form | {"comment": comment}))
+            return self._show(session, shown, form | {"comment": comment}, 422, str(error))
         return _see("/judge")
 
     def undo(self, request: Request) -> Response:
@@ -131,8 +133,11 @@ def build(store: Store, token: str | None, title: str) -> Guard:
     page = Page(store, title)
 
     def http_error(_: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        return page.error(status, REASONS.get(status, str(getattr(error, "detail", ""))))
+        if not isinstance(error, HTTPException):
+            return page.error(500, REASONS[500])
+        response = page.error(error.status_code, REASONS.get(error.status_code, error.detail))
+        response.headers.update(error.headers or {})
+        return response
 
     def store_error(_: Request, error: Exception) -> Response:
         return page.error(500, str(error))

@@ -30,7 +30,7 @@ def make_model_score(config: ModelConfig, special: SpecialTokens) -> Callable[[P
 
     Args:
         config: of the reward model.
-        special: pad and EOS, the policy's and the reward model's alike.
+        special: the reward model's pad; the EOS that it knows, then others of the policy that are no part of a text.
 
     Returns:
         `score(params, rollout) -> [B]` float32.
@@ -44,7 +44,9 @@ def make_model_score(config: ModelConfig, special: SpecialTokens) -> Callable[[P
 
 
 def with_eos(rollout: Rollout, special: SpecialTokens) -> tuple[jax.Array, jax.Array]:
-    """Tokens and mask `[B, S + 1]` of a rollout, with an EOS after each response that has none."""
+    """Tokens and mask `[B, S + 1]` of a rollout in which each response ends with the first of the EOS ids: put after a
+    response that was cut, and in the place of another EOS.
+    """
     slots = jnp.arange(rollout.tokens.shape[1] + 1)
     tokens = jnp.pad(rollout.tokens, ((0, 0), (0, 1)), constant_values=special.pad_id)
     mask = jnp.pad(rollout.mask, ((0, 0), (0, 1)))
@@ -52,8 +54,8 @@ def with_eos(rollout: Rollout, special: SpecialTokens) -> tuple[jax.Array, jax.A
     end = prompt_length + jnp.sum(rollout.response_mask, axis=1)  # the slot after the last response token
     last = jnp.take_along_axis(tokens, end[:, None] - 1, axis=1)
     is_eos = jnp.any(last == jnp.array(special.eos_ids, jnp.int32)[None, :], axis=1)
-    added = (slots[None, :] == end[:, None]) & ~is_eos[:, None]
-    return jnp.where(added, special.eos_ids[0], tokens), mask | added
+    ends = slots[None, :] == (end - is_eos)[:, None]
+    return jnp.where(ends, special.eos_ids[0], tokens), mask | ends
 
 
 def load_scorer(folder: Path) -> tuple[ModelConfig, Params, PreTrainedTokenizerBase, SpecialTokens]:

@@ -104,7 +104,8 @@ def _load_model(name: str, tokenizer: PreTrainedTokenizerBase, special: SpecialT
     config, params, own_tokenizer, own_special = load_scorer(folder)
     if special is None or not same_tokenizer(own_tokenizer, tokenizer):
         return Judge(make_text_score(config, params, own_tokenizer, own_special))
-    special = SpecialTokens(own_special.pad_id, special.eos_ids)
+    unseen = [end for end in special.eos_ids if not tokenizer.decode([end], skip_special_tokens=True)]
+    special = SpecialTokens(own_special.pad_id, (own_special.eos_ids[0], *unseen))  # another end is part of the text
     return Judge(None, make_model_score(config, special), params)
 
 
