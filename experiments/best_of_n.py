@@ -52,8 +52,9 @@ def evaluate(folder: Path, base: str, policy: str, settings: PPOExperiment, prom
     texts = [row["prompt"] for row in read_jsonl(prompts)]
     ppo = settings.ppo
     sampling = (ppo.prompt_length, ppo.response_length, ppo.temperature)
+    options = {name: getattr(settings, name) for name in ("dtype", "pad_token", "eos_token")}
     answers = {
-        side: Responder(model, *sampling, dtype=settings.dtype).respond(texts, num, settings.seed)
+        side: Responder(model, *sampling, **options).respond(texts, num, settings.seed)
         for side, model, num in (("base", base, N), ("ppo", policy, POLICY_RESPONSES))
     }
     proxy = judge_all(settings.reward, texts, answers)

@@ -162,7 +162,9 @@ def sampled_responses(settings: FeedbackExperiment, inputs: Inputs, path: Path) 
             answers = inputs.responder.respond(inputs.prompts[part], settings.num_responses, settings.seed + start)
             for prompt, completions in list(zip(inputs.texts[part], answers, strict=True))[max(done - start, 0) :]:
                 writer.write({"prompt": prompt, "completions": completions})
-            print(f"sampled: {min(part.stop, total):,} of {total:,} prompts", flush=True)
+            now = min(part.stop, total)
+            if now == total or now * 8 // total > start * 8 // total:  # about eight times
+                print(f"sampled: {now:,} of {total:,} prompts", flush=True)
     rows = read_jsonl(path)
     if [row.get("prompt") for row in rows] != inputs.texts:
         raise InputError(f"{path}: its prompts are not those of {settings.prompts}; expected those of the first start")

@@ -61,10 +61,11 @@ class Road:
         """
         if not self.settings.model:
             self.corpus()
+        self.prompts()
+        if not self.settings.model:
             self.pretrain()
         if self.settings.sft.data or not self.settings.model:
             self.sft()
-        self.prompts()
         self.feedback()
         self.reward_model()
         self.ppo()
@@ -116,9 +117,10 @@ class Road:
         settings = self.settings
         source = settings.prompts or str(self.workdir / "corpus" / "prompts.jsonl")
         most = settings.ppo.ppo.prompt_length
+        words = settings.model or settings.pretrain.tokenizer or str(self.workdir / "corpus" / "tokenizer")
 
         def work(folder: Path) -> dict[str, Any]:
-            tokenizer = load_tokenizer(hub.resolve(self.model))
+            tokenizer = load_tokenizer(hub.resolve(words))
             rows = [take_prompt(row, f"{source}: row {i}") for i, row in enumerate(load_rows(source), start=1)]
             kept = [prompt for prompt, _ in rows if 1 <= len(encode_prompt(tokenizer, prompt)) <= most]
             cut = len(kept) - settings.num_eval_prompts
@@ -130,8 +132,8 @@ class Road:
             print(f"prompts: {cut:,} to train on, {len(kept) - cut} for evaluation, {len(rows) - len(kept)} left out")
             return {}
 
-        inputs = [identity(settings.prompts), settings.num_eval_prompts, most]
-        self.stages.run("prompts", inputs, self.done, work)
+        inputs = [identity(settings.prompts), identity(settings.model), settings.num_eval_prompts, most]
+        self.stages.run("prompts", inputs, [] if settings.model else ["corpus"], work)
 
     def feedback(self) -> None:
         """Responses of the language model, judged: the store, and what is in it in two files, one held out."""

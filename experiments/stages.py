@@ -27,14 +27,10 @@ class Stages:
             InputError: `stages.json` is damaged, or the folder holds something else.
         """
         self.workdir, self.path = workdir, workdir / "stages.json"
-        if not self.path.exists() and workdir.exists() and any(workdir.iterdir()):
+        foreign = workdir.exists() and any(child.name != ".stages.json.tmp" for child in workdir.iterdir())
+        if not self.path.exists() and foreign:
             raise InputError(f"workdir {workdir}: it holds files but no stages.json; expected an empty folder or a run")
-        self._entries: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            try:
-                self._entries = dict(json.loads(self.path.read_text()))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{self.path}: damaged: {error}") from error
+        self._entries: dict[str, dict[str, Any]] = _read(self.path) if self.path.exists() else {}
 
     def run(self, name: str, inputs: Any, after: Collection[str], work: Work) -> dict[str, Any]:
         """The result of a stage: worked out now, or remembered.
@@ -87,6 +83,17 @@ def identity(inputs: Any, may_change: Collection[str] = ()) -> Any:
     if path.is_dir():
         return [inputs, sorted([child.name, child.stat().st_size] for child in path.iterdir() if child.is_file())]
     return inputs
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text())
+        whole = all(isinstance(entry["fingerprint"], str) for entry in entries.values())
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    if not whole:
+        raise InputError(f"{path}: damaged: a fingerprint is no text")
+    return entries
 
 
 def _set_aside(folder: Path) -> Path:

@@ -38,11 +38,11 @@ from ppo_jax.evaluation import (
 from ppo_jax.losses import ranking_loss, rating_loss
 from ppo_jax.metrics import Reporter, check_trackers, make_writers, read_jsonl, write_jsonl
 from ppo_jax.models import RewardModel
-from ppo_jax.optim import make_optimizer, make_schedule
+from ppo_jax.optim import fresh_state, make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves, plot_reliability
 from ppo_jax.preferences import read_judged
-from ppo_jax.reward_model import RewardStep, init_reward_params, init_reward_state, make_reward_step, normalized_head
+from ppo_jax.reward_model import RewardStep, init_reward_params, make_reward_step, normalized_head
 from ppo_jax.runs import resume, write_json
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import (
@@ -89,6 +89,8 @@ def prepare(settings: RewardExperiment) -> Setup:
     special = special_tokens(tokenizer, hub.load_eos_ids(folder), settings.pad_token, settings.eos_token)
     check("config.length", settings.length, settings.length <= config.max_positions,
           f"at most the model's {config.max_positions} positions")  # fmt: skip
+    if settings.normalize and settings.reference:
+        hub.load_config(hub.resolve(settings.reference))  # refused now and not after the folder is made
     judged, heldout = load_judged(settings, tokenizer, special)
     for part in (judged, heldout):
         check_vocabulary(special, part.tokens, config.vocab_size)
@@ -106,7 +108,7 @@ def prepare(settings: RewardExperiment) -> Setup:
     model = RewardModel(config)
     head_key, key = jax.random.split(jax.random.key(settings.seed))
     decoder = jax.tree.map(jnp.asarray, hub.load_params(folder, language_model))
-    state = init_reward_state(init_reward_params(decoder, config, head_key), tx, key)
+    state = fresh_state(init_reward_params(decoder, config, head_key), tx, key)
     shardings = make_shardings(mesh, state)
     step = make_reward_step(model, tx, shardings, special.pad_id, settings.center_coef)
     state = jax.device_put(state, shardings.state)
@@ -185,7 +187,8 @@ def sample_reference(setup: Setup) -> list[dict[str, str]]:
     prompts = [prompt for prompt, size in sizes.items() if 1 <= size <= room]
     check("config.reference", settings.reference, len(prompts) > 0, f"data with prompts of 1 to {room} tokens")
     longest = max(sizes[prompt] for prompt in prompts)
-    responder = Responder(settings.reference, longest, settings.response_length, dtype=settings.dtype)
+    options = {name: getattr(settings, name) for name in ("dtype", "pad_token", "eos_token")}
+    responder = Responder(settings.reference, longest, settings.response_length, **options)
     prompts = [prompts[i % len(prompts)] for i in range(settings.reference_samples)]
     answers = responder.respond(prompts, seed=settings.seed)
     return [{"prompt": prompt, "completion": texts[0]} for prompt, texts in zip(prompts, answers, strict=True)]

@@ -29,11 +29,11 @@ from ppo_jax.errors import check
 from ppo_jax.examples import ExampleSet, Texts, load_examples, make_rows
 from ppo_jax.metrics import Reporter, check_trackers, make_writers, read_jsonl
 from ppo_jax.models import Decoder
-from ppo_jax.optim import make_optimizer, make_schedule
+from ppo_jax.optim import fresh_state, make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
 from ppo_jax.runs import resume, write_json
-from ppo_jax.sft import SFTStep, init_sft_state, make_sft_step
+from ppo_jax.sft import SFTStep, make_sft_step
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, special_tokens
 from ppo_jax.types import Examples, Params, TrainState
@@ -97,7 +97,7 @@ def prepare(settings: SFTExperiment) -> Setup:
     params = jax.tree.map(jnp.asarray, hub.load_params(folder, model_config)) if folder else new_params(model, init_key)
     schedule = make_schedule(settings.lr, settings.lr_schedule, settings.warmup_steps, settings.num_steps)
     tx = make_optimizer(schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
-    state = init_sft_state(params, tx, key)
+    state = fresh_state(params, tx, key)
     shardings = make_shardings(mesh, state)
     step = make_sft_step(model, tx, shardings, settings.accumulation)
     state = jax.device_put(state, shardings.state)

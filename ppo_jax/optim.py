@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ppo_jax.types import Params
+from ppo_jax.types import Params, TrainState
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -51,6 +51,11 @@ def make_optimizer(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_is_matrix),
     )
+
+
+def fresh_state(params: Params, tx: optax.GradientTransformation, key: jax.Array, kl_coef: float = 0.0) -> TrainState:
+    """The state before the first step; `kl_coef` is PPO's, and 0 where there is no KL penalty."""
+    return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(kl_coef))
 
 
 def _is_matrix(params: Params) -> Params:

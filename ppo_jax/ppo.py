@@ -17,7 +17,7 @@ al. 2017 (arXiv:1707.06347) for the clipped loss; Huang et al. 2024, "The N Impl
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,10 @@ from ppo_jax.kl import adaptive_kl_coef, is_last, kl_estimate, kl_shaped_rewards
 from ppo_jax.losses import clipped_policy_loss, clipped_value_loss
 from ppo_jax.models import ActorCritic, Decoder, causal_mask, positions_of
 from ppo_jax.numerics import chunked_logprobs_and_entropy, explained_variance, masked_mean, masked_whiten
+from ppo_jax.optim import fresh_state
 from ppo_jax.sampling import SamplingConfig, generate, policy_logits
-from ppo_jax.sharding import Shardings
+from ppo_jax.sharding import Shardings, minibatches
 from ppo_jax.types import Experience, Metrics, Params, Prompts, Rollout, TrainState
-
-Tree = TypeVar("Tree")
 
 Score = Callable[[Params, Rollout], jax.Array]
 """A judge in pure JAX: its parameters (a reward model's; `()` if it has none) and a rollout, to scores `[B]`."""
@@ -50,11 +49,6 @@ def policy_sampling(config: PPOConfig, eos_ids: tuple[int, ...], pad_id: int) ->
         temperature=config.temperature,
         min_new_tokens=config.min_new_tokens,
     )
-
-
-def minibatches(batch: Tree, num: int) -> Tree:
-    """`[B, ...]` to `[num, B / num, ...]` in every leaf; part i has rows i, i + num, ..., so some of every device's."""
-    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def by_minibatch(function: Callable[[Rollout], jax.Array], rollout: Rollout, num: int) -> jax.Array:
@@ -397,4 +391,4 @@ def init_state(
     params = {"decoder": decoder_params, "value_head": value_head}
     if critic is not None:
         params |= {"critic": critic["decoder"], "value_head": value_head | critic["score_head"]}
-    return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(config.kl_coef))
+    return fresh_state(params, tx, key, config.kl_coef)

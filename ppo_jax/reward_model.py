@@ -120,11 +120,6 @@ def init_reward_params(decoder: Params, config: ModelConfig, key: jax.Array) -> 
     return {"decoder": trunk, "score_head": head}
 
 
-def init_reward_state(params: Params, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh train state; there is no KL penalty, so its coefficient is 0."""
-    return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(0.0))
-
-
 def normalized_head(kernel: np.ndarray, hidden: np.ndarray, ridge: float = 1e-6) -> np.ndarray:
     """The head whose scores have mean 0 and standard deviation 1 over the given samples.
 

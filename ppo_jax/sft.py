@@ -10,7 +10,7 @@ from jax.stages import Wrapped  # what jax.jit returns
 from ppo_jax.losses import next_token_loss
 from ppo_jax.models import Decoder, segment_mask, segment_positions
 from ppo_jax.numerics import chunked_logprobs_and_entropy
-from ppo_jax.sharding import Shardings
+from ppo_jax.sharding import Shardings, minibatches
 from ppo_jax.types import Examples, Metrics, Params, TrainState
 
 
@@ -43,11 +43,6 @@ def predicted(batch: Examples) -> jax.Array:
 def sft_loss(params: Params, model: Decoder, batch: Examples) -> tuple[jax.Array, Metrics]:
     """Mean negative log-likelihood of the target tokens, and its `perplexity`."""
     return next_token_loss(token_logprobs(model, params, batch), predicted(batch))
-
-
-def microbatches(batch: Examples, num: int) -> Examples:
-    """`[B, ...]` to `[num, B / num, ...]`; part i has rows i, i + num, ..., so some of every device's."""
-    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 class SFTStep(NamedTuple):
@@ -84,7 +79,7 @@ def make_sft_step(
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(share_of_loss)(state.params, part)), None
 
         zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(add, zeros, microbatches(batch, accumulation))
+        (loss, grads), _ = jax.lax.scan(add, zeros, minibatches(batch, accumulation))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"sft/loss": loss, "sft/perplexity": jnp.exp(loss), "optim/grad_norm": optax.tree.norm(grads)}
@@ -95,7 +90,7 @@ def make_sft_step(
             count = jnp.sum(predicted(part))
             return sft_loss(params, model, part)[0] * count, count
 
-        losses, counts = jax.lax.map(sums, microbatches(batch, accumulation))
+        losses, counts = jax.lax.map(sums, minibatches(batch, accumulation))
         return jnp.sum(losses), jnp.sum(counts)
 
     at = shardings
@@ -108,8 +103,3 @@ def make_sft_step(
         ),
         measure=jax.jit(measure, in_shardings=(at.state.params, at.batch), out_shardings=at.replicated),
     )
-
-
-def init_sft_state(params: Params, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh train state over decoder parameters; there is no KL penalty, so its coefficient is 0."""
-    return TrainState(jnp.int32(0), params, tx.init(params), key, jnp.float32(0.0))

@@ -6,7 +6,7 @@ products of each layer (Megatron's arrangement: columns into a block, rows out o
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from ppo_jax.errors import InputError
 from ppo_jax.types import Params, TrainState
+
+Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -86,6 +88,11 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
         )
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def minibatches(batch: Tree, num: int) -> Tree:
+    """`[B, ...]` to `[num, B / num, ...]` in every leaf; part i has rows i, i + num, ..., so some of every device's."""
+    return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = ()) -> Shardings:

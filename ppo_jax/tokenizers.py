@@ -154,7 +154,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
 
 
 def render_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], start: int = 0) -> list[str]:
-    """A conversation in pieces: what stands before an answer of the assistant, the answer, and so on to the last answer.
+    """A conversation in pieces: what stands before an answer of the assistant, the answer, and so on to the last one.
 
     What stands before an answer is what `render_chat` makes of the messages before it, so the template must render the
     first turns of a conversation alike whatever follows. An answer is all that the template renders for its message,

@@ -17,10 +17,9 @@ from small import random_params as actor_critic_params
 from ppo_jax import hub
 from ppo_jax.errors import InputError
 from ppo_jax.models import ModelConfig, RewardModel
-from ppo_jax.optim import make_optimizer
+from ppo_jax.optim import fresh_state, make_optimizer
 from ppo_jax.reward_model import (
     init_reward_params,
-    init_reward_state,
     make_reward_step,
     normalized_head,
     reward_loss,
@@ -104,11 +103,11 @@ def make_step(mesh=(1, 1, 1), lr: float = 1e-2, center_coef: float = 0.0):
     # A large eps makes the step a smooth function of the gradient, so that 1 and 8 devices can be compared.
     tx = make_optimizer(optax.constant_schedule(lr), eps=1e-3)
     rng = np.random.default_rng(0)
-    abstract = jax.eval_shape(lambda: init_reward_state(random_params(rng), tx, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: fresh_state(random_params(rng), tx, jax.random.key(0)))
     shardings = make_shardings(make_mesh(*mesh), abstract)
 
     def state_of(params):
-        state = init_reward_state(jax.tree.map(jnp.array, params), tx, jax.random.key(0))
+        state = fresh_state(jax.tree.map(jnp.array, params), tx, jax.random.key(0))
         return jax.device_put(state, shardings.state)
 
     step = make_reward_step(MODEL, tx, shardings, PAD, center_coef)
@@ -303,7 +302,7 @@ def test_the_fresh_head_is_drawn_by_its_key_with_the_published_size(rng):
 def test_a_fresh_state(rng):
     params, tx = random_params(rng), optax.adam(1e-3)
     key = jax.random.key(3)
-    state = init_reward_state(params, tx, key)
+    state = fresh_state(params, tx, key)
     assert (state.step, state.kl_coef) == (0, 0)
     chex.assert_trees_all_equal(state.params, params)
     chex.assert_trees_all_equal(state.opt_state, tx.init(params))

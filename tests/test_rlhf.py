@@ -94,7 +94,7 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_evaluation_again(road, tmp_path, 
     before = folders.contents(workdir)
     outcome = folders.call_script(rlhf, RLHFExperiment, flags(workdir, ppo__ppo__lr=2e-4), capsys)
     assert (outcome.status, outcome.err) == (0, "")
-    assert re.findall(r"^(\w+): /", outcome.out, re.MULTILINE) == ["ppo", "evaluation"]
+    assert re.findall(r"^(\w+): /", outcome.out, re.MULTILINE) == ["ppo", "evaluation", "report"]
     after = folders.contents(workdir)
 
     def of(contents, *names):

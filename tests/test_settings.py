@@ -182,6 +182,8 @@ BAD = [
     (SFTExperiment, "length", 1),
     (SFTExperiment, "num_steps", 0),
     (SFTExperiment, "batch_size", 0),
+    (SFTExperiment, "accumulation", 0),
+    (SFTExperiment, "patience", -1),
     (SFTExperiment, "lr", -1.0),
     (SFTExperiment, "lr_schedule", "step"),
     (SFTExperiment, "warmup_steps", -1),

@@ -15,8 +15,8 @@ from small import MODELS, V, assert_consumed, random_params
 
 from ppo_jax.examples import Texts, make_rows
 from ppo_jax.models import Decoder
-from ppo_jax.optim import make_optimizer
-from ppo_jax.sft import SFTStep, init_sft_state, make_sft_step, sft_loss, token_logprobs
+from ppo_jax.optim import fresh_state, make_optimizer
+from ppo_jax.sft import SFTStep, make_sft_step, sft_loss, token_logprobs
 from ppo_jax.sharding import make_mesh, make_shardings
 from ppo_jax.types import Examples
 
@@ -58,11 +58,11 @@ def make_step(mesh=(1, 1, 1), lr: float = 1e-2, accumulation: int = 1):
     """(step, how to place a state, how to place a batch)."""
     # A large eps makes the step a smooth function of the gradient, so that 1 and 8 devices can be compared.
     tx = make_optimizer(optax.constant_schedule(lr), eps=1e-3)
-    abstract = jax.eval_shape(lambda: init_sft_state(decoder_params(np.random.default_rng(0)), tx, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: fresh_state(decoder_params(np.random.default_rng(0)), tx, jax.random.key(0)))
     shardings = make_shardings(make_mesh(*mesh), abstract)
 
     def state_of(params):
-        state = init_sft_state(jax.tree.map(jnp.array, params), tx, jax.random.key(0))
+        state = fresh_state(jax.tree.map(jnp.array, params), tx, jax.random.key(0))
         return jax.device_put(state, shardings.state)
 
     step = make_sft_step(MODEL, tx, shardings, accumulation)

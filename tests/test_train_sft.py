@@ -102,6 +102,7 @@ def test_a_run_goes_on_bit_for_bit(flags, tmp_path, start):
     assert folders.without_time(parts / "metrics.jsonl") == folders.without_time(whole / "metrics.jsonl")
 
 
+CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 REFUSED = {
     "neither model nor tokenizer": (["--config.tokenizer="], "model"),
     "no data": (["--config.data=nothing.jsonl"], "no such file"),
@@ -109,6 +110,11 @@ REFUSED = {
     "length": (["--config.length=17"], "config.length: got 17, expected at most the model's 16 positions"),
     "heads": (["--config.architecture.num_kv_heads=3"], "num_kv_heads: got 3, expected a divisor of num_heads (2)"),
     "batch": (["--config.mesh.data=8"], "config.batch_size: got 4, expected a multiple of mesh data x fsdp (8)"),
+    "parts": (
+        ["--config.accumulation=3"],
+        "config.batch_size: got 4, expected a multiple of mesh data x fsdp (1) x acc",
+    ),
+    "no template": (["--config.data=CHAT"], "CHAT: row 1: tokenizer: it has no chat template"),
     "tracker": (["--config.trackers=nothing"], "nothing"),
 }
 
@@ -116,6 +122,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_refused(flags, tmp_path, start, name):
     changes, told = REFUSED[name]
+    chat = folders.write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2)
+    changes, told = [change.replace("CHAT", str(chat)) for change in changes], told.replace("CHAT", str(chat))
     error = start(*flags, f"--workdir={tmp_path / 'run'}", *changes).error()
     assert told in error
     assert "None" not in error

@@ -1,4 +1,4 @@
-"""RLHF of a pretrained model towards positive sentiment, through a reward model: nobody but the annotator sees the score.
+"""RLHF of a pretrained model towards positive sentiment, through a reward model; only the annotator sees the score.
 
 GPT-2 answers the beginnings of film reviews, four times each; a simulated annotator, who prefers what VADER likes (with
 noise), ranks the answers; a reward model learns the rankings; PPO follows the reward model:

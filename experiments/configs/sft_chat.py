@@ -7,8 +7,8 @@ SmolLM2-135M-Instruct on the 9,500 conversations of No Robots, up to four passes
 500 held-out ones has not fallen three times in a row, and exports the best model. For a GPU; not yet run there.
 
 Offline: `--config.model=FOLDER --config.data=CHATS.jsonl --config.heldout=`, each row `{"messages": [{"role": "user",
-"content": "..."}, {"role": "assistant", "content": "..."}]}`, or `{"prompt": [...], "completion": [...]}` with such lists.
-The model's tokenizer needs a chat template.
+"content": "..."}, {"role": "assistant", "content": "..."}]}`, or `{"prompt": [...], "completion": [...]}` with such
+lists. The model's tokenizer needs a chat template.
 """
 
 import ml_collections

@@ -5,9 +5,9 @@
     python experiments/train_ppo.py --config=experiments/configs/ppo_sentiment.py --workdir=runs/sentiment \
         --config.model=runs/sft_reviews/model
 
-Offline: `--config.model=FOLDER --config.data=TEXTS.jsonl`. The 25,000 reviews are packed into 13,100 rows of 512 tokens,
-99 % filled (one to a row they would fill half of 25,000 rows); one pass over them is 780 steps. For a GPU; not yet run
-there.
+Offline: `--config.model=FOLDER --config.data=TEXTS.jsonl`. The 25,000 reviews are packed into 13,100 rows of 512
+tokens, 99 % filled (one to a row, they would fill half of 25,000); one pass over them is 780 steps. For a GPU; not yet
+run there.
 """
 
 import ml_collections

@@ -3,14 +3,14 @@
 import dataclasses
 
 from experiments.settings.machinery import check_at_least
-from experiments.settings.training import MeshSettings, check_common
+from experiments.settings.training import TrainingSettings
 from ppo_jax.config import option
 from ppo_jax.errors import check
 from ppo_jax.optim import LR_SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardExperiment:
+class RewardExperiment(TrainingSettings):
     """Settings of `experiments/train_reward.py`."""
 
     model: str = option("", "the language model that the reward model starts as: a Hugging Face folder or hub name")
@@ -46,22 +46,14 @@ class RewardExperiment:
     log_every: int = option(10, "steps between rows of metrics")
     eval_every: int = option(50, "steps between held-out accuracies; also after the last step")
     checkpoint_every: int = option(100, "steps between checkpoints; the last one is always saved")
-    checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
-    dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
-    pad_token: str = option("", "overrides the tokenizer's")
-    eos_token: str = option("", "overrides the tokenizer's")
-    trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
-    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
 
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
         check("heldout_frac", self.heldout_frac, 0 < self.heldout_frac < 1, "a number in (0, 1)")
-        check_common(self)
+        super().__post_init__()
         check_at_least(self, 2, "length reference_samples")
-        check_at_least(
-            self, 1, "num_epochs batch_size response_length log_every eval_every checkpoint_every checkpoints_to_keep"
-        )
-        check_at_least(self, 0, "warmup_steps weight_decay center_coef")
+        check_at_least(self, 1, "num_epochs batch_size response_length log_every eval_every checkpoint_every")
+        check_at_least(self, 0, "seed warmup_steps weight_decay center_coef")
         for name in "lr max_grad_norm".split():
             check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")

@@ -1,7 +1,6 @@
 """Settings of the scripts that train."""
 
 import dataclasses
-from typing import Any
 
 from experiments.settings.machinery import check_at_least
 from ppo_jax.config import PPOConfig, option
@@ -21,8 +20,32 @@ class MeshSettings:
     tensor: int = option(1, "devices that split each matrix product")
 
 
+def tracker_names(trackers: str) -> list[str]:
+    """The trackers of a run: TensorBoard, and those named, separated by commas."""
+    return ["tensorboard", *filter(None, (name.strip() for name in trackers.split(",")))]
+
+
 @dataclasses.dataclass(frozen=True)
-class PPOExperiment:
+class TrainingSettings:
+    """What all scripts that train have in common."""
+
+    checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
+    dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
+    pad_token: str = option("", "overrides the tokenizer's")
+    eos_token: str = option("", "overrides the tokenizer's")
+    trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        check_at_least(self, 1, "checkpoints_to_keep")
+        for name in tracker_names(self.trackers):
+            check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOExperiment(TrainingSettings):
     """Settings of `experiments/train_ppo.py`."""
 
     model: str = option("", "the pretrained model: a Hugging Face folder, or a name on the hub")
@@ -43,7 +66,6 @@ class PPOExperiment:
     seed: int = option(0, "of sampling, shuffling and the data's order")
     num_iterations: int = option(40, "rollouts, each followed by ppo.num_epochs passes of updates")
     checkpoint_every: int = option(10, "iterations between checkpoints; the last one is always saved")
-    checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
     samples_every: int = option(10, "iterations between tables of samples")
     num_samples: int = option(4, "prompts and responses in such a table")
     kl_limit: float = option(
@@ -52,25 +74,18 @@ class PPOExperiment:
     eval_prompts: int = option(
         256, "the first so many prompts (whole batches of them) are answered before and after training, to compare"
     )
-    dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
-    pad_token: str = option("", "overrides the tokenizer's")
-    eos_token: str = option("", "overrides the tokenizer's")
-    trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
-    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("long_prompts", self.long_prompts, self.long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
-        check_common(self)
-        check_at_least(
-            self, 1, "num_iterations checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts"
-        )
-        check_at_least(self, 0, "kl_limit")
+        super().__post_init__()
+        check_at_least(self, 1, "num_iterations checkpoint_every samples_every num_samples eval_prompts")
+        check_at_least(self, 0, "seed kl_limit")
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTExperiment:
+class SFTExperiment(TrainingSettings):
     """Settings of `experiments/train_sft.py`."""
 
     model: str = option("", "start from this Hugging Face folder or hub name; empty: a new model, as in `architecture`")
@@ -101,28 +116,20 @@ class SFTExperiment:
         0, "held-out losses without a new lowest before training stops, and the best model is exported; 0: never"
     )
     checkpoint_every: int = option(200, "steps between checkpoints; the last one is always saved")
-    checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
-    dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
-    pad_token: str = option("", "overrides the tokenizer's")
-    eos_token: str = option("", "overrides the tokenizer's")
-    trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
-    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     architecture: "Architecture" = dataclasses.field(default_factory=lambda: Architecture())
 
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
         check("heldout_frac", self.heldout_frac, 0 < self.heldout_frac < 1, "a number in (0, 1)")
-        check_common(self)
+        super().__post_init__()
         new = Architecture()
         check(
             "architecture", self.architecture, not self.model or self.architecture == new, "the defaults, next to model"
         )
         check_at_least(self, 2, "length")
-        check_at_least(
-            self, 1, "num_steps batch_size accumulation log_every eval_every checkpoint_every checkpoints_to_keep"
-        )
-        check_at_least(self, 0, "patience warmup_steps weight_decay")
+        check_at_least(self, 1, "num_steps batch_size accumulation log_every eval_every checkpoint_every")
+        check_at_least(self, 0, "seed patience warmup_steps weight_decay")
         for name in "lr max_grad_norm".split():
             check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
 
@@ -141,16 +148,3 @@ class Architecture:
     def model_config(self, vocab_size: int, dtype: str) -> ModelConfig:
         """The model over a vocabulary."""
         return ModelConfig(vocab_size=vocab_size, dtype=dtype, **dataclasses.asdict(self))
-
-
-def tracker_names(trackers: str) -> list[str]:
-    """The trackers of a run: TensorBoard, and those named, separated by commas."""
-    return ["tensorboard", *filter(None, (name.strip() for name in trackers.split(",")))]
-
-
-def check_common(settings: Any) -> None:
-    """Refuses what no script that trains accepts: an unknown dtype or tracker, a negative seed."""
-    check("dtype", settings.dtype, settings.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-    check_at_least(settings, 0, "seed")
-    for name in tracker_names(settings.trackers):
-        check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))

@@ -80,7 +80,7 @@ class JsonlWriter:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes all rows of a file at once, as `JsonlWriter` would; the file is absent, old or new, and never half there."""
+    """Writes a whole file, its lines as `JsonlWriter` would; at any moment it is absent, old or new."""
     atomic_write(path, b"".join(map(_encode, rows)))
 
 

@@ -1,0 +1,216 @@
+"""The yardstick of a policy: best of n against loops, and a whole evaluation whose responses and scores are known."""
+
+import math
+
+import folders
+import numpy as np
+import pytest
+
+from experiments import best_of_n
+from experiments.best_of_n import POLICY_RESPONSES, N
+from experiments.settings import PPOExperiment
+from ppo_jax import hub
+from ppo_jax.config import PPOConfig
+from ppo_jax.metrics import read_jsonl
+from ppo_jax.rewards import RewardError
+
+KEYS = ("base", "best_of_16", "ppo", "win_rate")
+
+
+def by_loop(proxy, value, n: int) -> float:
+    """Group after group of n: the value of the one that the proxy likes best, the first of equals."""
+    found = []
+    for liked, worth in zip(proxy.tolist(), value.tolist(), strict=True):
+        for start in range(0, len(liked), n):
+            best = start
+            for i in range(start, start + n):
+                if liked[i] > liked[best]:
+                    best = i
+            found.append(worth[best])
+    return math.fsum(found) / len(found)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16])
+def test_best_of_n_is_that_of_a_loop(rng, n):
+    proxy, value = rng.normal(size=(2, 7, 16))
+    rough = np.round(proxy)  # with many equal ones
+    for chooser in (proxy, rough):
+        assert best_of_n.best_of_n(chooser, value, n) == pytest.approx(by_loop(chooser, value, n), abs=1e-12)
+
+
+def test_best_of_one_is_the_mean_and_best_of_all_the_mean_maximum(rng):
+    proxy, value = rng.normal(size=(2, 9, 8))
+    assert best_of_n.best_of_n(proxy, value, 1) == pytest.approx(value.mean())
+    assert best_of_n.best_of_n(value, value, 8) == pytest.approx(value.max(axis=1).mean())
+    assert best_of_n.best_of_n(-value, value, 8) == pytest.approx(value.min(axis=1).mean())
+
+
+def test_more_to_choose_from_is_never_worse_in_the_choosers_eyes(rng):
+    proxy = rng.normal(size=(5, 16))
+    means = [best_of_n.best_of_n(proxy, proxy, n) for n in (1, 2, 4, 8, 16)]
+    assert means == sorted(means)
+
+
+# A whole evaluation
+
+PROMPTS = ["the cat", "a dog", "the film"]
+WORDS = ("good", "bad", "great", "dull", "fine")
+
+
+class Scripted:
+    """In the place of a `Responder`: response j to prompt i of a model is known."""
+
+    asked = ()
+
+    def __init__(self, model: str, *arguments, **options):
+        self.model = model
+        Scripted.asked += ((model, arguments, options),)
+
+    def respond(self, prompts, num_responses=1, seed=0):
+        Scripted.asked += ((self.model, list(prompts), num_responses, seed),)
+        return [[text(self.model, i, j) for j in range(num_responses)] for i in range(len(prompts))]
+
+
+def text(model: str, i: int, j: int) -> str:
+    """Some words, of which the number of praising ones differs."""
+    rng = np.random.default_rng([len(model), i, j])
+    return "".join(" " + word for word in rng.choice(WORDS, 5))
+
+
+def length(prompts, completions, **columns):
+    """The proxy: long words."""
+    return [len(completion) + len(prompt) / 8 for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+JUDGES = """
+def length(prompts, completions, **columns):
+    return [len(completion) + len(prompt) / 8 for prompt, completion in zip(prompts, completions)]
+
+
+def praise(prompts, completions, **columns):
+    return [sum(word in ("good", "great", "fine") for word in text.split()) for text in completions]
+
+
+def broken(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+"""
+
+
+def praise(completion: str) -> int:
+    return sum(word in ("good", "great", "fine") for word in completion.split())
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """Evaluates "base" and "policy"; gives (results, folder)."""
+    monkeypatch.setattr(best_of_n, "Responder", Scripted)
+    Scripted.asked = ()
+    (tmp_path / "judges.py").write_text(JUDGES)
+    prompts = folders.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+
+    def run(reward="length", gold="praise", **fields):
+        specs = {"reward": f"{tmp_path}/judges.py:{reward}", "gold": gold and f"{tmp_path}/judges.py:{gold}"}
+        settings = PPOExperiment(**specs, **fields)
+        folder = tmp_path / "deep" / "evaluation"
+        return best_of_n.evaluate(folder, "base", "policy", settings, prompts), folder
+
+    return run
+
+
+def test_means_rows_and_samples_are_those_of_loops(evaluated):
+    results, folder = evaluated()
+    base = [[text("base", i, j) for j in range(N)] for i in range(3)]
+    policy = [[text("policy", i, j) for j in range(POLICY_RESPONSES)] for i in range(3)]
+    proxy = np.array([length([prompt] * N, texts) for prompt, texts in zip(PROMPTS, base, strict=True)])
+    gold = np.array([[praise(one) for one in texts] for texts in base])
+    policy_proxy = np.array([length([prompt] * 4, texts) for prompt, texts in zip(PROMPTS, policy, strict=True)])
+    policy_gold = np.array([[praise(one) for one in texts] for texts in policy])
+
+    best = proxy.argmax(axis=1)
+    wins = [a > b for a, b in zip(policy_gold[:, 0], gold[:, 0], strict=True)]
+    ties = [a == b for a, b in zip(policy_gold[:, 0], gold[:, 0], strict=True)]
+    expected = {
+        "num_prompts": 3,
+        "proxy/base": proxy.mean(),
+        "proxy/best_of_16": proxy.max(axis=1).mean(),
+        "proxy/ppo": policy_proxy.mean(),
+        "gold/base": gold.mean(),
+        "gold/best_of_16": np.mean([gold[i, best[i]] for i in range(3)]),
+        "gold/ppo": policy_gold.mean(),
+        "gold/best_of_16_by_gold": gold.max(axis=1).mean(),
+        "gold/win_rate": (sum(wins) + 0.5 * sum(ties)) / 3,
+    }
+    assert results.keys() == expected.keys() | {"proxy/win_rate"}
+    for name, value in expected.items():
+        assert results[name] == pytest.approx(value), name
+    assert 0 <= results["proxy/win_rate"] <= 1
+
+    rows = read_jsonl(folder / "best_of_n.jsonl")
+    assert [row["n"] for row in rows] == [1, 2, 4, 8, 16]
+    for row in rows:
+        n = row["n"]
+        assert row["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
+        assert row["proxy"] == pytest.approx(by_loop(proxy, proxy, n))
+        assert row["gold"] == pytest.approx(by_loop(proxy, gold, n))
+    assert rows[0]["kl"] == 0
+    assert rows[-1]["proxy"] == results["proxy/best_of_16"]
+
+    samples = read_jsonl(folder / "responses.jsonl")
+    assert [row["prompt"] for row in samples] == PROMPTS
+    for i, row in enumerate(samples):
+        assert (row["base"], row["ppo"], row["best_of_16"]) == (base[i][0], policy[i][0], base[i][best[i]])
+        for name in ("base", "ppo", "best_of_16"):
+            assert row[f"gold_{name}"] == praise(row[name])
+            assert row[f"proxy_{name}"] == pytest.approx(length([PROMPTS[i]], [row[name]])[0])
+    assert all(row["proxy_best_of_16"] >= row["proxy_base"] for row in samples)
+
+
+def test_without_a_gold_there_are_no_numbers_of_it(evaluated):
+    results, folder = evaluated(gold="")
+    assert {name for name, value in results.items() if value is None} == {
+        "gold/best_of_16_by_gold", *(f"gold/{key}" for key in KEYS)
+    }  # fmt: skip
+    assert all(type(results[f"proxy/{key}"]) is float for key in KEYS)
+    assert all(row["gold"] is None for row in read_jsonl(folder / "best_of_n.jsonl"))
+    for row in read_jsonl(folder / "responses.jsonl"):
+        assert [name for name, value in row.items() if value is None] == ["gold_base", "gold_best_of_16", "gold_ppo"]
+
+
+def test_both_policies_answer_as_ppo_samples(evaluated):
+    ppo = PPOConfig(prompt_length=9, response_length=11, temperature=0.7)
+    evaluated(ppo=ppo, seed=5, dtype="bfloat16", pad_token="<unk>", eos_token="▁.")
+    made = [asked for asked in Scripted.asked if isinstance(asked[2], dict)]
+    assert [model for model, _, _ in made] == ["base", "policy"]
+    for _, arguments, options in made:
+        assert arguments == (9, 11, 0.7)
+        assert options == {"dtype": "bfloat16", "pad_token": "<unk>", "eos_token": "▁."}
+    asked = [asked[1:] for asked in Scripted.asked if not isinstance(asked[2], dict)]
+    assert asked == [(PROMPTS, 16, 5), (PROMPTS, 4, 5)]
+
+
+def test_a_judge_that_fails_is_told(evaluated):
+    with pytest.raises(RewardError, match="reward broken: got nan for 48 of 48 responses"):
+        evaluated(gold="broken")
+
+
+def test_real_models_and_a_reward_model(tmp_path, rng):
+    """Base and policy are the same folder: the same answers, equal scores, no win."""
+    tokenizer = folders.word_tokenizer()
+    model = folders.make_folder(tmp_path / "model", tokenizer)
+    config = folders.llama_config(len(tokenizer), tie_embeddings=True)
+    params = {
+        "decoder": folders.random_params(config, 3),
+        "score_head": {"kernel": rng.normal(size=(config.width, 1)).astype(np.float32)},
+    }
+    judge = hub.save_reward_model(tmp_path / "judge", params, config, tokenizer, eos_ids=(2,), pad_id=0)
+    prompts = folders.write_jsonl(tmp_path / "prompts.jsonl", folders.prompt_rows(5))
+    ppo = PPOConfig(prompt_length=8, response_length=4)
+    settings = PPOExperiment(reward=f"model:{judge}", seed=1, ppo=ppo)
+    results = best_of_n.evaluate(tmp_path / "evaluation", str(model), str(model), settings, prompts)
+    assert results["proxy/best_of_16"] > results["proxy/base"]
+    rows = read_jsonl(tmp_path / "evaluation" / "best_of_n.jsonl")
+    assert [row["proxy"] for row in rows] == sorted(row["proxy"] for row in rows)
+    samples = read_jsonl(tmp_path / "evaluation" / "responses.jsonl")
+    assert [row["prompt"] for row in samples] == [row["prompt"] for row in folders.prompt_rows(5)]
+    assert samples[0]["base"] == samples[0]["ppo"]  # the first of the same random numbers
+    assert samples[0]["proxy_base"] == pytest.approx(samples[0]["proxy_ppo"], abs=1e-5)
