@@ -113,6 +113,7 @@ def chunked_logprobs_and_entropy(
     batch, length, width = hidden.shape
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
+    chunk_size = -(-length // num_chunks)  # as even as can be: what fills the last chunk is computed for nothing
     padding = num_chunks * chunk_size - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, num_chunks, chunk_size, width)
     tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(batch, num_chunks, chunk_size)

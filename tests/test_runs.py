@@ -8,10 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from ppo_jax.checkpoint import CheckpointError
 from ppo_jax.errors import InputError
-from ppo_jax.runs import RunError, open_run, write_json
+from ppo_jax.metrics import JsonlWriter, read_jsonl, write_jsonl
+from ppo_jax.runs import RunError, open_run, resume, write_json
+from ppo_jax.types import TrainState
 
 CONFIG = {
     "model": "x",
@@ -168,3 +175,118 @@ def test_json_stays_readable(tmp_path):
     assert "naïve 猫" in text
     assert text.endswith("}\n")
     assert json.loads(text) == {"text": "naïve 猫", "n": [1, 2.5, None, True]}
+
+
+# A training run, begun or gone on with
+
+
+def train_state(step: int, size: int = 3) -> TrainState:
+    params = {"dense": jnp.full(size, float(step))}
+    return TrainState(jnp.int32(step), params, {"mu": 2 * params["dense"]}, jax.random.key(step), jnp.float32(0.5))
+
+
+def entered(folder, total: int = 9, config=CONFIG, may_change=(), keep: int = 2, size: int = 3):
+    """(the checkpoints, the state, the fresh state that was given)."""
+    fresh = train_state(0, size)
+    checkpoints, state = resume(folder, config, may_change, fresh, total, keep)
+    return checkpoints, state, fresh
+
+
+def run_to(folder, *steps: int, **options) -> None:
+    checkpoints, _, _ = entered(folder, **options)
+    for step in steps:
+        checkpoints.save(train_state(step))
+    checkpoints.close()
+
+
+def test_a_run_begins_with_the_fresh_state(tmp_path):
+    checkpoints, state, fresh = entered(tmp_path / "deep" / "run")
+    assert state is fresh
+    assert checkpoints.latest_step() is None
+    assert json.loads((tmp_path / "deep" / "run" / "config.json").read_text()) == changed()
+    # And a second time, since nothing is saved.
+    checkpoints.close()
+    _, state, fresh = entered(tmp_path / "deep" / "run")
+    assert state is fresh
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_run_goes_on_with_its_newest_state_and_gives_the_fresh_one_back(tmp_path):
+    run_to(tmp_path / "run", 1, 4, 7)
+    checkpoints, state, fresh = entered(tmp_path / "run")
+    chex.assert_trees_all_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(7)))
+    chex.assert_trees_all_equal(state.replace(key=0), train_state(7).replace(key=0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((fresh.params, fresh.opt_state)))
+    assert checkpoints.latest_step() == 7
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["4", "7"]  # two are kept
+
+
+def test_a_state_that_was_saved_before_the_first_step_is_the_fresh_one(tmp_path):
+    """PPO saves it, to go back to when the first iteration is too far already."""
+    run_to(tmp_path / "run", 0)
+    _, state, fresh = entered(tmp_path / "run")
+    assert state is fresh
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_the_end_may_be_reached_and_not_taken_back(tmp_path):
+    run_to(tmp_path / "run", 3, 5)
+    _, state, _ = entered(tmp_path / "run", total=5)
+    assert state.step == 5
+    before = contents(tmp_path / "run")
+    with pytest.raises(RunError, match=rf"got 4, expected at least the 5 that {tmp_path / 'run'} has"):
+        entered(tmp_path / "run", total=4, config=changed(seed=1), may_change=("seed",))
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_may_change_is_written_down_when_the_run_goes_on(tmp_path):
+    run_to(tmp_path / "run", 2)
+    more = changed(num_iterations=8)
+    with pytest.raises(RunError, match="num_iterations was 4 and is 8"):
+        entered(tmp_path / "run", config=more)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == changed()
+    _, state, _ = entered(tmp_path / "run", config=more, may_change=("num_iterations",))
+    assert state.step == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == more
+
+
+def test_a_state_of_another_shape_is_refused_and_the_fresh_one_kept(tmp_path):
+    run_to(tmp_path / "run", 2)
+    fresh = train_state(0, size=4)
+    with pytest.raises(
+        CheckpointError, match=r"params/dense: got float32\[3\], expected float32\[4\]|opt_state/mu: got"
+    ):
+        resume(tmp_path / "run", CONFIG, (), fresh, 9, 2)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
+
+
+# Rows that are written at once
+
+
+def test_rows_are_written_as_one_by_one(tmp_path):
+    rows = [{"a": 1, "text": "naïve 猫"}, {"a": float("nan"), "b": [np.float32(0.5)]}, {}]
+    write_jsonl(tmp_path / "rows.jsonl", iter(rows))
+    with JsonlWriter(tmp_path / "one_by_one.jsonl") as writer:
+        for row in rows:
+            writer.write(row)
+    assert (tmp_path / "rows.jsonl").read_bytes() == (tmp_path / "one_by_one.jsonl").read_bytes()
+    assert read_jsonl(tmp_path / "rows.jsonl") == [
+        {"a": 1, "text": "naïve 猫"}, {"a": None, "b": [0.5]}, {}
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "rows.jsonl", [])
+    assert (tmp_path / "rows.jsonl").read_bytes() == b""
+
+
+def test_rows_that_cannot_all_be_written_leave_the_old_ones(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+
+    def broken():
+        yield {"a": 2}
+        raise RuntimeError("no more")
+
+    for rows, error in ((broken(), RuntimeError), ([{"a": 2}, {"a": object()}], TypeError)):
+        with pytest.raises(error):
+            write_jsonl(tmp_path / "rows.jsonl", rows)
+        assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
+    assert os.listdir(tmp_path) == ["rows.jsonl"]

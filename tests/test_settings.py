@@ -13,8 +13,11 @@ from experiments import settings
 from experiments.settings import (
     Architecture,
     CorpusSettings,
+    EvaluateExperiment,
+    FeedbackExperiment,
     MeshSettings,
     PPOExperiment,
+    RewardExperiment,
     RLHFExperiment,
     SFTExperiment,
     defaults,
@@ -26,10 +29,17 @@ from ppo_jax.errors import InputError
 from ppo_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
-KINDS = (PPOExperiment, SFTExperiment, RLHFExperiment)
+SCRIPTS = {
+    "train_ppo": PPOExperiment,
+    "train_sft": SFTExperiment,
+    "train_reward": RewardExperiment,
+    "collect_feedback": FeedbackExperiment,
+    "evaluate": EvaluateExperiment,
+    "rlhf": RLHFExperiment,
+}
+KINDS = tuple(SCRIPTS.values())
 ALL = (*KINDS, MeshSettings, Architecture, CorpusSettings, PPOConfig)
 SHIPPED = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))
-SCRIPTS = {"train_ppo": PPOExperiment, "train_sft": SFTExperiment, "rlhf": RLHFExperiment}
 
 
 def kind_of(config: ml_collections.ConfigDict) -> type:
@@ -80,9 +90,7 @@ def test_every_field_is_used():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
-                if not (
-                    isinstance(owner, ast.Name) and owner.id == "self" and path.name in ("settings.py", "config.py")
-                ):
+                if not (isinstance(owner, ast.Name) and owner.id == "self" and path.name == "config.py"):
                     read.add(node.attr)
             elif isinstance(node, ast.FunctionDef):
                 read |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
@@ -189,6 +197,50 @@ BAD = [
     (SFTExperiment, "warmup_steps", -1),
     (SFTExperiment, "weight_decay", -0.1),
     (SFTExperiment, "dtype", "int8"),
+    *((RewardExperiment, name, 0) for name in "num_epochs batch_size response_length log_every eval_every".split()),
+    (RewardExperiment, "checkpoint_every", 0),
+    (RewardExperiment, "checkpoints_to_keep", 0),
+    (RewardExperiment, "length", 1),
+    (RewardExperiment, "reference_samples", 1),
+    (RewardExperiment, "heldout_frac", 0.0),
+    (RewardExperiment, "lr", 0.0),
+    (RewardExperiment, "max_grad_norm", -1.0),
+    (RewardExperiment, "lr_schedule", "step"),
+    (RewardExperiment, "warmup_steps", -1),
+    (RewardExperiment, "weight_decay", -0.1),
+    (RewardExperiment, "center_coef", -0.1),
+    (RewardExperiment, "seed", -1),
+    (RewardExperiment, "dtype", "float16"),
+    (RewardExperiment, "trackers", "nothing"),
+    *((FeedbackExperiment, name, 0) for name in "num_responses prompt_length response_length batch_size".split()),
+    (FeedbackExperiment, "annotators", 0),
+    (FeedbackExperiment, "num_prompts", -1),
+    (FeedbackExperiment, "seed", -1),
+    (FeedbackExperiment, "temperature", 0.0),  # greedy responses would all be equal
+    (FeedbackExperiment, "temperature", float("inf")),
+    (FeedbackExperiment, "overlap", 1.5),
+    (FeedbackExperiment, "overlap", float("nan")),
+    (FeedbackExperiment, "scale", 1),
+    (FeedbackExperiment, "scale", 101),
+    (FeedbackExperiment, "port", 65536),
+    (FeedbackExperiment, "kind", "order"),
+    (FeedbackExperiment, "long_prompts", "cut"),
+    (FeedbackExperiment, "dtype", "int8"),
+    (FeedbackExperiment, "export", "pears"),
+    *((EvaluateExperiment, name, 0) for name in "prompt_length response_length batch_size annotators".split()),
+    (EvaluateExperiment, "num_prompts", 1),
+    (EvaluateExperiment, "seed", -1),
+    (EvaluateExperiment, "temperature", -0.1),
+    (EvaluateExperiment, "temperature", float("nan")),
+    (EvaluateExperiment, "port", -1),
+    (EvaluateExperiment, "long_prompts", "cut"),
+    (EvaluateExperiment, "dtype", "float16"),
+    (RLHFExperiment, "num_eval_prompts", 1),
+    (RLHFExperiment, "feedback", "nobody"),
+    (RLHFExperiment, "annotator_temperature", 0.0),
+    (RLHFExperiment, "feedback_heldout", 1.0),
+    (RLHFExperiment, "seed", -1),
+    (CorpusSettings, "num_prompts", 0),
     (Architecture, "num_layers", 0),
     (MeshSettings, "fsdp", 0),
     (MeshSettings, "data", -2),
@@ -262,3 +314,55 @@ def test_the_docstrings_of_the_scripts_name_files_that_are_there():
 
 def test_the_module_exports_what_a_configuration_file_needs():
     assert settings.defaults(PPOExperiment).ppo.batch_size == PPOConfig().batch_size
+
+
+# What has to go together
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: FeedbackExperiment(kind="compare", num_responses=3),
+            r"num_responses: got 3, expected 2, with kind=com",
+        ),
+        (lambda: FeedbackExperiment(kind="rank", num_responses=1), r"num_responses: got 1, expected at least 2, with"),
+        (lambda: FeedbackExperiment(host="0.0.0.0"), "token"),
+        (lambda: EvaluateExperiment(host="0.0.0.0"), "token"),
+        (lambda: EvaluateExperiment(judge="page"), r"against: got '', expected another policy or references"),
+        (lambda: RLHFExperiment(gold=""), r"gold: got '', expected a judge, for a simulated annotator"),
+        (lambda: RLHFExperiment(model="gpt2"), r"prompts: got '', expected a source of prompts, next to model"),
+        (
+            lambda: SFTExperiment(model="gpt2", architecture=Architecture(num_layers=1)),
+            r"architecture: .* expected the defaults, next to model",
+        ),
+    ],
+    ids=[
+        "pairs of three",
+        "ranks of one",
+        "open page",
+        "open evaluation",
+        "page of one",
+        "no gold",
+        "no prompts",
+        "new",
+    ],
+)
+def test_what_cannot_go_together_is_refused(make, told):
+    with pytest.raises(InputError, match=told) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_what_can_go_together_is_taken():
+    assert FeedbackExperiment(host="0.0.0.0", token="a secret of some length").token
+    assert FeedbackExperiment(kind="rank", num_responses=3).kind == "rank"
+    assert EvaluateExperiment(judge="page", against="references").judge == "page"
+    assert RLHFExperiment(gold="", feedback="page").feedback == "page"
+
+
+def test_a_seed_of_the_road_is_added_to_those_of_its_stages():
+    road = RLHFExperiment(seed=5, ppo=PPOExperiment(seed=2), corpus=CorpusSettings(seed=9)).seeded()
+    seeds = [getattr(road, name).seed for name in ("pretrain", "sft", "collect", "reward", "ppo", "corpus")]
+    assert seeds == [5, 5, 5, 5, 7, 9]
+    assert road.seeded() == road  # added once

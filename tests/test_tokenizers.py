@@ -9,6 +9,7 @@ from pathlib import Path
 import folders
 import numpy as np
 import pytest
+from tokenizers import normalizers, processors
 
 from ppo_jax import hub
 from ppo_jax.errors import InputError
@@ -274,3 +275,120 @@ def test_random_responses_come_back_as_they_were(rng):
 def test_a_tokenizer_folder_without_a_model_is_enough(tmp_path, shared):
     shutil.copytree(shared / "tokenizers" / "gpt2", tmp_path / "gpt2")
     assert load_tokenizer(tmp_path / "gpt2")("Hello world")["input_ids"] == [15496, 995]
+
+
+# What a reward model reads
+
+SPECIAL = SpecialTokens(PAD, (EOS, 7))
+
+
+def test_a_text_is_prompt_response_and_the_first_of_the_ends():
+    tokenizer = folders.word_tokenizer()
+    the, cat, sat = tokenizer.convert_tokens_to_ids(["▁the", "▁cat", "▁sat"])
+    for prompt, response, expected in (
+        ("the cat", " sat", [BOS, the, cat, sat, EOS]),
+        ("the", "", [BOS, the, EOS]),
+        ("", "the cat", [BOS, the, cat, EOS]),
+        ("", "", [BOS, EOS]),
+        ("the cat", " unheard of", [BOS, the, cat, UNK, UNK, EOS]),
+    ):
+        assert encode_text(tokenizer, SPECIAL, prompt, response) == expected
+    assert encode_text(folders.word_tokenizer(bos=False), SPECIAL, "the", " cat") == [the, cat, EOS]
+
+
+def test_an_end_that_the_tokenizer_puts_there_itself_is_the_only_one():
+    tokenizer = folders.word_tokenizer()
+    ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    the, cat = tokenizer.convert_tokens_to_ids(["▁the", "▁cat"])
+    assert tokenizer("the cat")["input_ids"] == [BOS, the, cat, EOS]
+    assert encode_text(tokenizer, SPECIAL, "the", " cat") == [BOS, the, cat, EOS]
+    assert encode_text(tokenizer, SPECIAL, "", "the cat") == [BOS, the, cat, EOS]
+
+
+def test_a_prompt_with_a_bos_of_its_template_gets_no_second_one():
+    tokenizer = folders.word_tokenizer([*folders.WORDS, "user", "bot", ":"])
+    tokenizer.chat_template = "<s>" + folders.CHAT_TEMPLATE
+    messages = [{"role": "user", "content": "the cat"}]
+    prompt = render_chat(tokenizer, messages)
+    ids = encode_text(tokenizer, SPECIAL, prompt, " sat")
+    assert ids.count(BOS) == 1
+    assert ids == [*encode_prompt(tokenizer, messages), tokenizer.convert_tokens_to_ids("▁sat"), EOS]
+
+
+def test_the_prompt_has_the_tokens_that_the_policy_is_asked_with(stories, gpt2, rng):
+    """Whatever follows it, also where the two would be one token together; and nothing of either is lost."""
+    prompts = ["Once upon a time", "Lily sa", "The", "A line\n", "naïve 猫"]
+    responses = [" there was a dog.", "w a big box", "", "\nNew line", "  two spaces", "!", "猫 sat"]
+    for tokenizer, eos in ((stories, 2), (gpt2, 50256)):
+        for prompt in prompts:
+            for response in responses:
+                ids, asked = encode_text(tokenizer, SpecialTokens(0, (eos,)), prompt, response), prompt + response
+                begin = encode_prompt(tokenizer, prompt)
+                assert ids[: len(begin)] == begin
+                assert ids[-1] == eos
+                assert eos not in ids[:-1]
+                assert tokenizer.decode(ids[:-1], skip_special_tokens=True) == asked
+
+
+def test_words_sampled_after_a_prompt_are_read_again_as_they_were(rng):
+    """With one token a word: the tokens of a rollout are those of its text."""
+    tokenizer = folders.word_tokenizer()
+    for _ in range(50):
+        prompt = " ".join(rng.choice(folders.WORDS, rng.integers(1, 5)))
+        ids = rng.integers(4, len(tokenizer), rng.integers(0, 6)).tolist()
+        (response,) = decoded(tokenizer, rollout(tokenizer, prompt, ids))
+        assert encode_text(tokenizer, SPECIAL, prompt, response) == [*encode_prompt(tokenizer, prompt), *ids, EOS]
+
+
+# One tokenizer or two
+
+
+def test_a_tokenizer_is_that_of_its_folder(tmp_path, stories, gpt2):
+    for name, tokenizer in {"words": folders.word_tokenizer(), "stories": stories, "gpt2": gpt2}.items():
+        tokenizer.save_pretrained(tmp_path / name)
+        saved = load_tokenizer(tmp_path / name)
+        assert same_tokenizer(tokenizer, tokenizer)
+        assert same_tokenizer(tokenizer, saved)
+        assert same_tokenizer(saved, tokenizer)
+    assert not same_tokenizer(stories, gpt2)
+
+
+def test_names_and_padding_are_no_difference(tmp_path):
+    one, other = folders.word_tokenizer(), folders.word_tokenizer()
+    other.name_or_path, other.chat_template, other.padding_side = "another", "{{ messages }}", "left"
+    other(["the cat", "a"], padding=True, truncation=True, max_length=1)
+    assert other.backend_tokenizer.padding
+    assert same_tokenizer(one, other)
+    other.eos_token, other.pad_token = "▁.", "<unk>"  # what ends and what pads is no rule of the tokens either
+    assert same_tokenizer(one, other)
+
+
+def with_merged_words():
+    tokenizer = folders.word_tokenizer()
+    tokenizer.add_tokens(["the cat"])
+    return tokenizer
+
+
+def with_lower_case():
+    tokenizer = folders.word_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: folders.word_tokenizer(reversed(folders.WORDS)),
+        lambda: folders.word_tokenizer([*folders.WORDS, "more"]),
+        lambda: folders.word_tokenizer(folders.WORDS[:-1]),
+        lambda: folders.word_tokenizer(bos=False),
+        with_merged_words,
+        with_lower_case,
+    ],
+    ids=["other ids", "one more", "one less", "no bos", "added token", "normalizer"],
+)
+def test_other_rules_are_another_tokenizer(make):
+    assert not same_tokenizer(folders.word_tokenizer(), make())
+    assert not same_tokenizer(make(), folders.word_tokenizer())
+    assert same_tokenizer(make(), make())
