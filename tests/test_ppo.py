@@ -740,3 +740,73 @@ def test_a_fresh_state_has_the_given_decoder_and_a_critic_that_says_zero(rng, ke
     assert state.step == 0
     assert state.kl_coef == 0.25
     assert np.any(jax.random.key_data(state.key) != jax.random.key_data(key))
+
+
+# A critic with a trunk of its own
+
+
+def with_critic(rng, model):
+    """(parameters of an actor-critic that has one, those of the same critic alone with the decoder's head for show)."""
+    params, critic = random_params(rng, model), random_params(rng, model)
+    trunk = {name: x for name, x in critic["decoder"].items() if name != "lm_head"}
+    return params | {"critic": trunk, "value_head": critic["value_head"]}, critic
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_critic_of_its_own_values_every_state_and_changes_no_sample(model, rng, key):
+    params, critic = with_critic(rng, model)
+    config = dataclasses.replace(CONFIG, batch_size=6, num_minibatches=3)
+    prompts = left_padded(rng, PROMPT_SIZES, P)
+    acting = jax.jit(partial(ppo.act, ActorCritic(model), config=config, sampling=LEARNED_COLD))
+    rollout = acting(params, prompts, key)
+    mask = np.asarray(rollout.response_mask)
+    close(rollout.values, np.where(mask, full_pass(model, critic, rollout)[1], 0), 10)
+    assert np.all(rollout.values[~mask] == 0)
+
+    without = {name: params[name] for name in ("decoder", "value_head")}
+    other = acting(without, prompts, jax.random.clone(key))
+    chex.assert_trees_all_equal(rollout.replace(values=0), other.replace(values=0))
+    assert np.abs(rollout.values - other.values).max() > 0.1
+
+    # What was sampled has ratio one, and the values of acting are those of learning.
+    ones = jnp.ones_like(rollout.logprobs)
+    batch = Experience(**vars(rollout), advantages=ones, returns=rollout.values)
+    _, metrics = loss_of(model, CONFIG, LEARNED_COLD)(params, batch)
+    assert 0 <= metrics["policy/ratio_dev"] <= 1e-4
+    assert metrics["value/loss"] < 1e-9
+
+
+def test_a_critic_of_its_own_learns_apart_from_the_policy(rng):
+    params, critic = with_critic(rng, LLAMA)
+    batch = experience_of(rng, params | {"value_head": critic["value_head"]}, LLAMA)
+    gradient = jax.jit(jax.grad(loss_of(LLAMA, LOSS_CONFIG, LEARNED_COLD), has_aux=True))
+    deaf = jax.jit(jax.grad(loss_of(LLAMA, dataclasses.replace(LOSS_CONFIG, vf_coef=0.0), LEARNED_COLD), has_aux=True))
+    (grads, metrics), (others, _) = gradient(params, batch), deaf(params, batch)
+    # The value loss is that of the critic's full pass, and moves nothing of the policy; the policy moves nothing of it.
+    values = full_pass(LLAMA, critic, batch)[1]
+    value_loss, clip_frac, _ = oracles.clipped_value_loss(
+        values, batch.values, batch.returns, np.asarray(batch.response_mask), 0.2
+    )
+    close(metrics["value/loss"], value_loss, 10 * max(1.0, value_loss))
+    assert abs(metrics["value/clip_frac"] - clip_frac) < 0.1
+    chex.assert_trees_all_close(grads["decoder"], others["decoder"], rtol=1e-4, atol=1e-5)
+    assert optax.tree.norm(grads["critic"]) > 1e-2
+    assert optax.tree.norm(grads["value_head"]) > 1e-2
+    assert all(np.all(leaf == 0) for name in ("critic", "value_head") for leaf in jax.tree.leaves(others[name]))
+
+
+def test_a_fresh_state_with_a_critic_is_the_reward_model(rng, key):
+    params, (critic, _) = random_params(rng, LLAMA)["decoder"], with_critic(rng, LLAMA)
+    head = {"kernel": jnp.asarray(rng.normal(size=(LLAMA.width, 1)), jnp.float32)}
+    reward_model = {"decoder": critic["critic"], "score_head": head}
+    tx = optax.adam(1e-3)
+    state = init_state(params, ActorCritic(LLAMA), tx, CONFIG, jax.random.clone(key), reward_model)
+    assert state.params.keys() == {"decoder", "critic", "value_head"}
+    chex.assert_trees_all_equal(state.params["decoder"], params)
+    chex.assert_trees_all_equal(state.params["critic"], reward_model["decoder"])
+    np.testing.assert_array_equal(state.params["value_head"]["kernel"], head["kernel"])
+    np.testing.assert_array_equal(state.params["value_head"]["bias"], [0])
+    # The optimizer moves all of it, and the same run without a critic has the same random numbers.
+    chex.assert_trees_all_equal_shapes(state.opt_state[0].mu, state.params)
+    other = init_state(params, ActorCritic(LLAMA), tx, CONFIG, jax.random.clone(key))
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(other.key))

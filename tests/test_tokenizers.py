@@ -19,9 +19,11 @@ from ppo_jax.tokenizers import (
     decode_responses,
     encode_pieces,
     encode_prompt,
+    encode_text,
     load_tokenizer,
     render_chat,
     render_turns,
+    same_tokenizer,
     special_tokens,
 )
 

@@ -49,7 +49,7 @@ class PPOExperiment(TrainingSettings):
     """Settings of `experiments/train_ppo.py`."""
 
     model: str = option("", "the pretrained model: a Hugging Face folder, or a name on the hub")
-    prompts: str = option("", "a JSONL or Parquet file or a Hugging Face dataset with a column prompt, messages or text")
+    prompts: str = option("", "JSONL, Parquet or a Hugging Face dataset with a column prompt, messages or text")
     prompts_split: str = option("train", "split of a Hugging Face dataset")
     long_prompts: str = option("drop", "prompts longer than ppo.prompt_length: " + ", ".join(LONG_PROMPTS))
     reward: str = option(
