@@ -21,7 +21,7 @@ export PYTHON ACCELERATOR RESOLUTION
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-quickstart:  ## train a small language model with PPO, a few minutes on 2 cores (WORKDIR=..., ARGS=...)
+quickstart:  ## the whole road of RLHF in small, five minutes on 2 cores (WORKDIR=..., ARGS=...)
 	@$(SETUP)
 	$(PY) experiments/rlhf.py --config=experiments/configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 

@@ -15,6 +15,7 @@ from experiments.settings import PPOExperiment
 from ppo_jax.evaluation import win_rate
 from ppo_jax.metrics import read_jsonl, write_jsonl
 from ppo_jax.rewards import call_reward, load_host_reward
+from ppo_jax.tokenizers import load_tokenizer, render_chat
 
 N = 16
 POLICY_RESPONSES = 4  # of the policy to a prompt
@@ -34,7 +35,7 @@ def best_of_n(proxy: np.ndarray, value: np.ndarray, n: int) -> float:
 
 
 def evaluate(folder: Path, base: str, policy: str, settings: PPOExperiment, prompts: Path) -> dict[str, Any]:
-    """Answers prompts that nobody was trained on, by the base (16 times) and by the policy, and judges the answers.
+    """Answers prompts by the base (16 times) and by the policy, and judges the answers.
 
     Writes responses.jsonl and best_of_n.jsonl into the folder.
 
@@ -57,6 +58,9 @@ def evaluate(folder: Path, base: str, policy: str, settings: PPOExperiment, prom
         side: Responder(model, *sampling, **options).respond(texts, num, settings.seed)
         for side, model, num in (("base", base, N), ("ppo", policy, POLICY_RESPONSES))
     }
+    if not all(isinstance(text, str) for text in texts):  # conversations: judges read them as the model does
+        tokenizer = load_tokenizer(base)
+        texts = [text if isinstance(text, str) else render_chat(tokenizer, text) for text in texts]
     proxy = judge_all(settings.reward, texts, answers)
     gold = judge_all(settings.gold, texts, answers) if settings.gold else None
 
@@ -94,11 +98,13 @@ def judge_all(spec: str, prompts: list[str], answers: dict[str, list[list[str]]]
 
 def _means(name: str, scores: dict[str, np.ndarray] | None, best: list[dict[str, Any]]) -> dict[str, Any]:
     if scores is None:
-        return dict.fromkeys(f"{name}/{what}" for what in ("base", "best_of_16", "ppo", "win_rate"))
+        return dict.fromkeys(f"{name}/{what}" for what in ("base", "best_of_16", "ppo"))
     wins = win_rate(scores["ppo"][:, 0], scores["base"][:, 0])
     return {
         f"{name}/base": float(scores["base"].mean()),
         f"{name}/best_of_16": best[-1][name],
         f"{name}/ppo": float(scores["ppo"].mean()),
         f"{name}/win_rate": wins.rate,
+        f"{name}/win_rate_low": wins.low,
+        f"{name}/win_rate_high": wins.high,
     }

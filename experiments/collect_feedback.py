@@ -35,7 +35,7 @@ from ppo_jax.tokenizers import render_chat
 
 MAY_CHANGE = ("overlap", "annotators", "host", "port", "token", "until_complete", "export")
 """Fields that a restart may change: they do not touch the items. The token is not written down at all."""
-FAREWELL_S = 3.0
+FAREWELL_S = 10.0
 """How long everything has to be judged before a server ends: the last annotator sees that it is, and may undo."""
 
 Answered = tuple[str, list[str], str]

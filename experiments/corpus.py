@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 def write_corpus(
     folder: str | Path, num_train: int, num_heldout: int, num_demonstrations: int, num_prompts: int, seed: int
 ) -> None:
-    """Writes four files, each whole or not at all; no text stands twice in all of them.
+    """Writes four files, each whole or not at all; no text stands twice in all of them, and no prompt opens one.
 
     `train.jsonl` and `heldout.jsonl` (column `text`) hold reviews to pretrain on, `demonstrations.jsonl` (`prompt`,
     `completion`) reviews to fine-tune on, `prompts.jsonl` (`prompt`) openings alone.
@@ -58,7 +58,8 @@ def write_corpus(
     rng = random.Random(seed)
     reviews = _distinct(lambda: draw_review(rng), num_train + num_heldout + num_demonstrations)
     texts, demonstrations = reviews[: num_train + num_heldout], reviews[num_train + num_heldout :]
-    prompts = _distinct(lambda: draw_review(rng).prompt, num_prompts)
+    opened = {review.prompt for review in reviews}
+    prompts = _distinct(lambda: draw_review(rng).prompt, num_prompts, without=opened)
     write_jsonl(folder / "train.jsonl", [{"text": review.text} for review in texts[:num_train]])
     write_jsonl(folder / "heldout.jsonl", [{"text": review.text} for review in texts[num_train:]])
     rows = [{"prompt": review.prompt, "completion": " " + review.completion} for review in demonstrations]
@@ -66,11 +67,11 @@ def write_corpus(
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
 
 
-def _distinct(draw: Callable[[], Item], num: int) -> list[Item]:
+def _distinct(draw: Callable[[], Item], num: int, without: Collection[Item] = ()) -> list[Item]:
     found: dict[Item, None] = {}
     for _ in range(20 * num):
-        if len(found) < num:
-            found.setdefault(draw())
+        if len(found) < num and (drawn := draw()) not in without:
+            found.setdefault(drawn)
     if len(found) < num:
         raise InputError(f"asked for {num} distinct texts, but the grammar gave only {len(found)}")
     return list(found)

@@ -11,28 +11,35 @@ writes into the same store as the page; `page` serves the labelling page and wai
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import best_of_n, cli, collect_feedback, train_ppo, train_reward, train_sft
 from experiments.corpus import train_tokenizer, write_corpus
+from experiments.prompts import fit
 from experiments.report import write_report
-from experiments.settings import RLHFExperiment, SFTExperiment
+from experiments.settings import PPOExperiment, RLHFExperiment, SFTExperiment
 from experiments.stages import Stages, identity
 from ppo_jax import hub
-from ppo_jax.data import load_rows, take_prompt
+from ppo_jax.comparisons import JudgedSet
+from ppo_jax.data import load_rows, take_prompt, told_at
 from ppo_jax.errors import InputError, check
 from ppo_jax.evaluation import pair_accuracy
 from ppo_jax.feedback.agreement import agreement
 from ppo_jax.feedback.formats import export
 from ppo_jax.feedback.page import check_installed
 from ppo_jax.feedback.simulated import annotate
+from ppo_jax.feedback.store import Store
 from ppo_jax.metrics import read_jsonl, write_jsonl
 from ppo_jax.rewards import call_reward, load_host_reward
 from ppo_jax.runs import write_json
-from ppo_jax.tokenizers import encode_prompt, load_tokenizer
+from ppo_jax.tokenizers import load_tokenizer
 
+SIMULATED = "simulated"  # what the names of such annotators begin with
 REPORT = ("summary.json", "report.md", "report.html")
 
 
@@ -43,13 +50,19 @@ class Road:
 
     def __init__(self, settings: RLHFExperiment, workdir: Path) -> None:
         """Opens the workdir, and refuses what else would fail after minutes."""
-        self.settings, self.workdir = settings.seeded(), workdir
+        self.settings, self.workdir = settings.seeded(), workdir.resolve()
         self.gold = settings.gold if settings.feedback == "simulated" else ""
         if self.gold:
             load_host_reward(self.gold)
         else:
             check_installed()
-        self.stages = Stages(workdir)
+        self.longest = settings.ppo.ppo.prompt_length + settings.ppo.ppo.response_length + 1  # and EOS
+        room = settings.pretrain.architecture.max_positions
+        if settings.model:
+            room = hub.load_config(hub.resolve(settings.model)).max_positions
+        check("config.ppo.ppo.prompt_length + response_length + 1", self.longest, self.longest <= room,
+              f"at most the model's {room} positions")  # fmt: skip
+        self.stages = Stages(self.workdir)
         self.model = settings.model  # the newest language model on the road
         self.done: list[str] = []  # the stages that it comes from
 
@@ -85,6 +98,36 @@ class Road:
 
         self.stages.run("corpus", identity(settings), [], work)
 
+    def prompts(self) -> None:
+        """The prompts that fit, each once and in random order, in two files: to train on, and kept for evaluation."""
+        settings, ppo = self.settings, self.settings.ppo
+        source = settings.prompts or str(self.workdir / "corpus" / "prompts.jsonl")
+        words = settings.model or settings.pretrain.tokenizer or str(self.workdir / "corpus" / "tokenizer")
+        how = (ppo.ppo.prompt_length, ppo.long_prompts)
+
+        def work(folder: Path) -> dict[str, Any]:
+            tokenizer, kept = load_tokenizer(hub.resolve(words)), {}
+            rows = load_rows(source, ppo.prompts_split)
+            for number, row in enumerate(rows, start=1):
+                with told_at(where := f"{source}: row {number}"):
+                    whole, columns = take_prompt(row, where)
+                    if (prompt := fit(whole, [tokenizer], *how)) is not None:
+                        kept.setdefault(json.dumps(prompt), columns | {"prompt": prompt})
+            texts = [list(kept.values())[i] for i in np.random.default_rng(ppo.seed).permutation(len(kept))]
+            cut = len(texts) - settings.num_eval_prompts
+            check("config.num_eval_prompts", settings.num_eval_prompts, cut >= 2,
+                  f"at least 2 less than the {len(texts)} prompts, of {len(rows)}, that differ and have at most "
+                  f"{how[0]} tokens (config.ppo.long_prompts={how[1]})")  # fmt: skip
+            folder.mkdir(exist_ok=True)
+            for name, part in (("train.jsonl", texts[:cut]), ("evaluation.jsonl", texts[cut:])):
+                write_jsonl(folder / name, part)
+            print(f"prompts: {cut:,} to train on, {len(texts) - cut} for evaluation, {len(rows) - len(texts)} left out")
+            return {}
+
+        inputs = [identity(settings.prompts), identity(words) if settings.model else "", ppo.prompts_split, how]
+        inputs += [settings.num_eval_prompts, ppo.seed]
+        self.stages.run("prompts", inputs, [] if settings.model else ["corpus"], work)
+
     def pretrain(self) -> None:
         """A new language model of the corpus."""
         corpus = self.workdir / "corpus"
@@ -112,88 +155,72 @@ class Road:
         self.stages.run(name, inputs, after, work)
         self.model, self.done = str(self.workdir / name / "model"), [*after, name]
 
-    def prompts(self) -> None:
-        """The prompts that fit, in two files: to train on, and kept for evaluation."""
-        settings = self.settings
-        source = settings.prompts or str(self.workdir / "corpus" / "prompts.jsonl")
-        most = settings.ppo.ppo.prompt_length
-        words = settings.model or settings.pretrain.tokenizer or str(self.workdir / "corpus" / "tokenizer")
-
-        def work(folder: Path) -> dict[str, Any]:
-            tokenizer = load_tokenizer(hub.resolve(words))
-            rows = [take_prompt(row, f"{source}: row {i}") for i, row in enumerate(load_rows(source), start=1)]
-            kept = [prompt for prompt, _ in rows if 1 <= len(encode_prompt(tokenizer, prompt)) <= most]
-            cut = len(kept) - settings.num_eval_prompts
-            check("config.num_eval_prompts", settings.num_eval_prompts, cut >= 2,
-                  f"at most {len(kept) - 2}: of {len(rows)} prompts {len(kept)} have 1 to {most} tokens")  # fmt: skip
-            folder.mkdir(exist_ok=True)
-            for name, part in (("train.jsonl", kept[:cut]), ("evaluation.jsonl", kept[cut:])):
-                write_jsonl(folder / name, ({"prompt": prompt} for prompt in part))
-            print(f"prompts: {cut:,} to train on, {len(kept) - cut} for evaluation, {len(rows) - len(kept)} left out")
-            return {}
-
-        inputs = [identity(settings.prompts), identity(settings.model), settings.num_eval_prompts, most]
-        self.stages.run("prompts", inputs, [] if settings.model else ["corpus"], work)
-
     def feedback(self) -> None:
-        """Responses of the language model, judged: the store, and what is in it in two files, one held out."""
-        settings = self.settings
-        collect = fill(settings.collect, model=self.model, prompts=self.workdir / "prompts" / "train.jsonl")
-        kind = "scores" if collect.kind == "score" else "rankings"  # a comparison is a ranking of two
+        """Responses of the language model, judged: the store, and what was said in it as judgements.jsonl."""
+        given, ppo = self.settings.collect, self.settings.ppo
+        collect = dataclasses.replace(
+            given,
+            prompt_length=ppo.ppo.prompt_length,
+            response_length=ppo.ppo.response_length,
+            temperature=ppo.ppo.temperature,
+        )
+        if not given.responses and not given.judged:
+            collect = fill(collect, model=self.model, prompts=self.workdir / "prompts" / "train.jsonl")
 
         def work(folder: Path) -> dict[str, Any]:
             store = collect_feedback.collect(collect, folder)
             if self.gold:
                 for number in range(1, collect.annotators + 1):  # all but the first judge the overlap only
-                    name = f"simulated {number}"
-                    annotate(store, load_host_reward(self.gold), settings.annotator_temperature, collect.seed, name)
+                    name, temperature = f"{SIMULATED} {number}", self.settings.annotator_temperature
+                    annotate(store, load_host_reward(self.gold), temperature, collect.seed, name)
             else:
                 collect_feedback.serve_until_complete(store, collect.host, collect.port, collect.token)
-            rows = export(store, kind)
-            prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-            heldout = set(prompts[round(len(prompts) * (1 - settings.feedback_heldout)) :])
-            for name, is_heldout in (("train", False), ("heldout", True)):
-                part = [row for row in rows if (row["prompt"] in heldout) == is_heldout]
-                check(f"feedback: judgements in {name}.jsonl", len(part), len(part) > 0, "at least one: more prompts")
-                write_jsonl(folder / f"{name}.jsonl", part)
-            pairs = [row for row in export(store, "pairs") if row["prompt"] in heldout]
-            return {"judgements": len(rows), "ceiling": self._ceiling(pairs), "agreement": agreement(store)}
+            # A comparison is a ranking of two.
+            rows = export(store, "rankings") or export(store, "scores")
+            write_jsonl(folder / "judgements.jsonl", rows)
+            return {"judgements": len(rows), "agreement": agreement(store)}
 
-        inputs = [identity(settings.collect, collect_feedback.MAY_CHANGE), settings.feedback, settings.feedback_heldout]
-        inputs += [identity(self.gold), settings.annotator_temperature]
-        self.stages.run("feedback", inputs, [*self.done, "prompts"], work)
-
-    def _ceiling(self, pairs: list[dict[str, Any]]) -> float | None:
-        """The share of pairs in which the simulated annotator chose what it prefers: no model can know its noise."""
-        if not self.gold or not pairs:
-            return None
-        gold, prompts = load_host_reward(self.gold), [row["prompt"] for row in pairs]
-        columns: list[dict[str, Any]] = [{} for _ in pairs]
-        chosen, rejected = (
-            call_reward(gold, prompts, [row[side] for row in pairs], columns) for side in ("chosen", "rejected")
-        )
-        return pair_accuracy(chosen - rejected, [True] * len(pairs)).accuracy
+        inputs = [identity(given, collect_feedback.MAY_CHANGE), self.settings.feedback, identity(self.gold)]
+        inputs += [collect.prompt_length, collect.response_length, collect.temperature]
+        inputs += [self.settings.annotator_temperature] if self.gold else []
+        self.stages.run("feedback", inputs, [*self.done, "prompts"], work, protected=judged_by_people)
 
     def reward_model(self) -> None:
         """A reward model of the judgements, on the language model."""
-        feedback = self.workdir / "feedback"
-        settings = fill(
-            self.settings.reward,
-            model=self.model,
-            reference=self.model,
-            data=feedback / "train.jsonl",
-            heldout=feedback / "heldout.jsonl",
+        settings = dataclasses.replace(
+            fill(
+                self.settings.reward,
+                model=self.model,
+                reference=self.model if self.settings.reward.normalize else "",
+                data=self.workdir / "feedback" / "judgements.jsonl",
+            ),
+            length=self.longest,
+            response_length=self.settings.ppo.ppo.response_length,
         )
 
         def work(folder: Path) -> dict[str, Any]:
-            results = train_reward.train(train_reward.prepare(settings), folder)
-            ceiling = self.stages.result("feedback")["ceiling"]
+            setup = train_reward.prepare(settings)
+            results = train_reward.train(setup, folder)
+            ceiling = self._ceiling(setup.heldout)
             told = "" if ceiling is None else f"; the simulated annotator's own ceiling: {ceiling:.3f}"
             print(train_reward.verdict(results) + told, flush=True)
-            return results
+            return results | {"annotator_ceiling": ceiling}
 
         inputs = identity(self.settings.reward, train_reward.MAY_CHANGE)
         self.stages.run("reward_model", inputs, [*self.done, "feedback"], work)
+
+    def _ceiling(self, heldout: JudgedSet) -> float | None:
+        """The share of held-out pairs in which the simulated annotator chose what it prefers: no model can know its
+        noise.
+        """
+        if not self.gold or heldout.are_ratings:
+            return None
+        texts = [(one.prompt, text) for one in heldout.judged for text in one.responses]
+        golds = call_reward(load_host_reward(self.gold), *zip(*texts, strict=True), [{} for _ in texts])
+        scores = np.zeros(heldout.ranks.shape)
+        scores[heldout.ranks > 0] = golds
+        differences = heldout.pair_differences(scores)
+        return pair_accuracy(differences, np.ones(len(differences), bool)).accuracy
 
     def ppo(self) -> None:
         """PPO of the language model against the reward model."""
@@ -202,20 +229,22 @@ class Road:
         def work(folder: Path) -> dict[str, Any]:
             return train_ppo.train(train_ppo.prepare(settings), folder)
 
-        inputs = [identity(self.settings.ppo, train_ppo.MAY_CHANGE), identity(self.gold)]
+        may_change = [name for name in train_ppo.MAY_CHANGE if name != "eval_prompts"]
+        inputs = [identity(self.settings.ppo, may_change), identity(self.gold)]
         self.stages.run("ppo", inputs, [*self.done, "prompts", "reward_model"], work)
 
-    def _ppo_settings(self) -> Any:
+    def _ppo_settings(self) -> PPOExperiment:
         return fill(
             self.settings.ppo,
             model=self.model,
             prompts=self.workdir / "prompts" / "train.jsonl",
+            heldout_prompts=self.workdir / "prompts" / "evaluation.jsonl",
             reward=f"model:{self.workdir / 'reward_model' / 'model'}",
             gold=self.gold,
         )
 
     def evaluation(self) -> dict[str, Any]:
-        """What came of it, on prompts that nobody was trained on; then the summary and the report."""
+        """What came of it, on prompts that neither feedback nor PPO has seen; then the summary and the report."""
         settings, workdir = self._ppo_settings(), self.workdir
 
         def work(folder: Path) -> dict[str, Any]:
@@ -225,23 +254,33 @@ class Road:
                 (workdir / name).unlink(missing_ok=True)  # of an earlier result
             return results
 
-        results = self.stages.run("evaluation", best_of_n.N, [*self.done, "ppo"], work)
+        inputs = [best_of_n.N, best_of_n.POLICY_RESPONSES]
+        results = self.stages.run("evaluation", inputs, [*self.done, "ppo"], work)
         summary = self._summary(results)
         if not all((workdir / name).exists() for name in REPORT):
-            write_report(workdir, summary)
+            write_report(workdir, summary, self.stages.walked)
             write_json(workdir / "summary.json", summary)
         return summary
 
     def _summary(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         reward, ppo = self.stages.result("reward_model"), self.stages.result("ppo")
-        names = ("accuracy", "accuracy_low", "accuracy_high", "ece")
+        agreed = self.stages.result("feedback")["agreement"].values()
+        names = ("accuracy", "accuracy_low", "accuracy_high", "ece", "annotator_ceiling")
         return {
+            **{f"feedback/{name}": kind[name] for kind in agreed for name in ("percent", "alpha") if kind["items"]},
             **{f"reward_model/{name}": reward[name] for name in names},
-            "reward_model/annotator_ceiling": self.stages.result("feedback")["ceiling"],
             **evaluation,
             "objective/kl": ppo["after"]["kl"],
             "objective/kl_limit": self.settings.ppo.kl_limit or None,
         }
+
+
+def judged_by_people(folder: Path) -> str:
+    """Why a folder of feedback is not simply set aside: how many judgements of people it holds; "" if none."""
+    path = folder / "feedback.db"
+    judgements = Store(path).judgements() if path.exists() else []
+    people = [one for one in judgements if not one.annotator.startswith(SIMULATED)]
+    return f"{len(people)} judgements by people" if people else ""
 
 
 def fill(settings: Any, **values: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,17 @@ class Stages:
         foreign = workdir.exists() and any(child.name != ".stages.json.tmp" for child in workdir.iterdir())
         if not self.path.exists() and foreign:
             raise InputError(f"workdir {workdir}: it holds files but no stages.json; expected an empty folder or a run")
+        self.walked: list[str] = []  # names of the stages that were asked for, in order
         self._entries: dict[str, dict[str, Any]] = _read(self.path) if self.path.exists() else {}
 
-    def run(self, name: str, inputs: Any, after: Collection[str], work: Work) -> dict[str, Any]:
+    def run(
+        self,
+        name: str,
+        inputs: Any,
+        after: Collection[str],
+        work: Work,
+        protected: Callable[[Path], str] = lambda folder: "",
+    ) -> dict[str, Any]:
         """The result of a stage: worked out now, or remembered.
 
         Args:
@@ -40,17 +49,31 @@ class Stages:
             inputs: what the result depends on, beside earlier stages; anything that JSON can hold.
             after: names of the stages whose results it uses.
             work: takes the folder, which a killed run may have left half full, and returns the result.
+            protected: what a folder holds that must not be set aside without being asked for; "" if nothing.
+
+        Raises:
+            InputError: the folder would have to be set aside, and is protected.
         """
-        fingerprint = _digest([inputs, [self._entries[earlier]["fingerprint"] for earlier in after]])
+        self.walked.append(name)
+        # A stage that was run again has another `run`, also where its inputs are the same: its result may differ.
+        fingerprint = _digest([inputs, [self._entries[earlier]["run"] for earlier in after]])
         entry, folder = self._entries.get(name, {}), self.workdir / name
-        if entry.get("fingerprint") == fingerprint and "result" in entry and folder.exists():
+        same = entry.get("fingerprint") == fingerprint and folder.exists()
+        if same and "result" in entry:
             return entry["result"]
         print(f"{name}: {folder}", flush=True)
-        if entry.get("fingerprint") != fingerprint and folder.exists():
+        if folder.exists() and not same:
+            held = protected(folder)
+            if held:
+                raise InputError(
+                    f"{folder}: it holds {held}, made with other settings or after other stages; expected those, "
+                    "another workdir, or this folder moved away"
+                )
             print(f"{name}: other settings or inputs; the old folder stays as {_set_aside(folder)}", flush=True)
-        self._note(name, {"fingerprint": fingerprint})
+        entry = {"fingerprint": fingerprint, "run": entry["run"] if same else secrets.token_hex(8)}
+        self._note(name, entry)
         result = work(folder)
-        self._note(name, {"fingerprint": fingerprint, "result": result})
+        self._note(name, entry | {"result": result})
         return result
 
     def result(self, name: str) -> dict[str, Any]:
@@ -67,8 +90,8 @@ def identity(inputs: Any, may_change: Collection[str] = ()) -> Any:
     """What tells whether inputs have changed.
 
     Of settings (a dataclass) every field but those in `may_change`; of a text that names a file the file's SHA-256 as
-    well, of one that names a folder the names and sizes in it. `jax:` and `model:` before a name, and `:function` after
-    it, are understood.
+    well, of one that names a folder the names, sizes and times in it. `jax:` and `model:` before a name, and
+    `:function` after it, are understood.
     """
     if dataclasses.is_dataclass(inputs):
         fields = [field.name for field in dataclasses.fields(inputs) if field.name not in may_change]
@@ -81,7 +104,8 @@ def identity(inputs: Any, may_change: Collection[str] = ()) -> Any:
         with path.open("rb") as file:
             return [inputs, hashlib.file_digest(file, "sha256").hexdigest()]
     if path.is_dir():
-        return [inputs, sorted([child.name, child.stat().st_size] for child in path.iterdir() if child.is_file())]
+        files = [child for child in path.iterdir() if child.is_file()]
+        return [inputs, sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
     return inputs
 
 

@@ -24,7 +24,7 @@ from experiments.results import curves, print_costs, results_page
 from experiments.settings import PPOExperiment, tracker_names
 from ppo_jax import hub
 from ppo_jax.data import PromptSet, batch_indices, load_prompts
-from ppo_jax.errors import InputError, check
+from ppo_jax.errors import check
 from ppo_jax.metrics import (
     JsonlWriter,
     Reporter,
@@ -34,13 +34,22 @@ from ppo_jax.metrics import (
     truncate_jsonl,
     write_jsonl,
 )
-from ppo_jax.models import ActorCritic, ModelConfig
+from ppo_jax.models import ActorCritic
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
 from ppo_jax.ppo import TrainStep, init_state, make_train_step, policy_sampling
-from ppo_jax.rewards import HostReward, Judge, call_reward, check_score, check_scores, load_host_reward, load_reward
-from ppo_jax.runs import resume, write_json
+from ppo_jax.rewards import (
+    HostReward,
+    Judge,
+    call_reward,
+    check_score,
+    check_scores,
+    load_critic,
+    load_host_reward,
+    load_reward,
+)
+from ppo_jax.runs import refuse_non_finite, resume, write_json
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import check_vocabulary, decode_responses, load_tokenizer, special_tokens
@@ -56,6 +65,7 @@ class Setup(NamedTuple):
     settings: PPOExperiment
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
+    heldout: PromptSet  # for the comparison before and after
     model: ActorCritic
     sampling: SamplingConfig
     shardings: Shardings
@@ -83,10 +93,11 @@ def prepare(settings: PPOExperiment) -> Setup:
         "config.ppo.prompt_length + response_length", length, length <= model_config.max_positions,
         f"at most the model's {model_config.max_positions} positions",
     )  # fmt: skip
-    prompts = load_prompts(
-        settings.prompts, tokenizer, special.pad_id, config.prompt_length, settings.long_prompts, settings.prompts_split
-    )
-    check_vocabulary(special, prompts.tokens, model_config.vocab_size)
+    how = (tokenizer, special.pad_id, config.prompt_length, settings.long_prompts, settings.prompts_split)
+    prompts = load_prompts(settings.prompts, *how)
+    heldout = load_prompts(settings.heldout_prompts, *how) if settings.heldout_prompts else prompts
+    for part in (prompts, heldout):
+        check_vocabulary(special, part.tokens, model_config.vocab_size)
     check_trackers(tracker_names(settings.trackers))
     judge = load_reward(settings.reward, tokenizer, special)
     check_score(settings.reward, judge, config.batch_size, config.prompt_length, config.response_length)
@@ -115,7 +126,8 @@ def prepare(settings: PPOExperiment) -> Setup:
     )
     decoder = jax.tree.map(jnp.asarray, hub.load_params(folder, model_config))
     key = jax.random.key(settings.seed)
-    state = init_state(decoder, model, tx, config, key, load_critic(settings, model_config))
+    critic = load_critic(settings.critic, settings.reward, model_config, tokenizer) if settings.critic else None
+    state = init_state(decoder, model, tx, config, key, critic)
     shardings = make_shardings(mesh, state, judge.params)
     # The reference is a copy of its own: the state's buffers are donated, iteration after iteration.
     ref_params = jax.device_put(jax.tree.map(jnp.copy, decoder), shardings.ref_params)
@@ -123,34 +135,24 @@ def prepare(settings: PPOExperiment) -> Setup:
     judge = judge._replace(params=jax.device_put(judge.params, shardings.judge_params))
     step = make_train_step(model, tx, config, sampling, shardings, judge.score)
     return Setup(
-        settings, tokenizer, prompts, model, sampling, shardings, state, ref_params, step, schedule, judge, gold
+        settings,
+        tokenizer,
+        prompts,
+        heldout,
+        model,
+        sampling,
+        shardings,
+        state,
+        ref_params,
+        step,
+        schedule,
+        judge,
+        gold,
     )
 
 
-def load_critic(settings: PPOExperiment, policy: ModelConfig) -> Params | None:
-    """The reward model that the critic starts as; None: a value head on the policy's trunk.
-
-    Raises:
-        InputError: it cannot be used, or is not of the policy's shape.
-    """
-    name = settings.critic
-    if not name:
-        return None
-    if name == "reward":
-        check(
-            "config.reward", settings.reward, settings.reward.startswith("model:"), "model:FOLDER, with critic=reward"
-        )
-        name = settings.reward.removeprefix("model:")
-    config, params = hub.load_reward_model(hub.resolve(name), dtype=policy.dtype)
-    ours, theirs = (dataclasses.asdict(dataclasses.replace(c, tie_embeddings=True)) for c in (policy, config))
-    differing = [f"{field}={theirs[field]}" for field in ours if ours[field] != theirs[field]]
-    check("config.critic", name, not differing, f"a reward model of the policy's shape; it has {', '.join(differing)}")
-    return jax.tree.map(jnp.asarray, params)
-
-
-def batch_of(setup: Setup, rows: np.ndarray) -> Prompts:
+def batch_of(setup: Setup, prompts: PromptSet, rows: np.ndarray) -> Prompts:
     """The prompts of these rows, on their devices."""
-    prompts = setup.prompts
     return jax.device_put(Prompts(prompts.tokens[rows], prompts.mask[rows]), setup.shardings.batch)
 
 
@@ -160,9 +162,9 @@ def texts_of(setup: Setup, rollout: Rollout) -> list[str]:
     return decode_responses(setup.tokenizer, tokens, mask, setup.sampling.max_new_tokens)
 
 
-def judge_on_host(setup: Setup, reward: HostReward, rows: np.ndarray, responses: list[str]) -> np.ndarray:
+def judge_on_host(reward: HostReward, prompts: PromptSet, rows: np.ndarray, responses: list[str]) -> np.ndarray:
     """Scores `[B]` by a host reward."""
-    texts, columns = setup.prompts.texts, setup.prompts.columns
+    texts, columns = prompts.texts, prompts.columns
     return call_reward(reward, [texts[i] for i in rows], responses, [columns[i] for i in rows])
 
 
@@ -172,14 +174,14 @@ def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainSta
     Returns:
         (state, metrics with `optim/lr` and `time/*`, rollout, scores).
     """
-    batch, clock = batch_of(setup, rows), _Stopwatch()
+    batch, clock = batch_of(setup, setup.prompts, rows), _Stopwatch()
     if setup.step.iterate:
         state, metrics, rollout, scores = setup.step.iterate(state, setup.ref_params, batch, setup.judge.params)
         check_scores(setup.settings.reward, jax.device_get(scores), [setup.prompts.texts[i] for i in rows])
     else:
         rollout = jax.block_until_ready(setup.step.act(state, batch))
         clock.lap("time/generate_s")
-        scores = judge_on_host(setup, setup.judge.host, rows, texts_of(setup, rollout))
+        scores = judge_on_host(setup.judge.host, setup.prompts, rows, texts_of(setup, rollout))
         clock.lap("time/score_s")
         state, metrics = setup.step.learn(
             state, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch)
@@ -187,7 +189,7 @@ def iterate(setup: Setup, state: TrainState, rows: np.ndarray) -> tuple[TrainSta
     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}  # waits
     clock.lap("time/program_s" if setup.step.iterate else "time/learn_s")
     if setup.gold:
-        gold = judge_on_host(setup, setup.gold, rows, texts_of(setup, rollout))
+        gold = judge_on_host(setup.gold, setup.prompts, rows, texts_of(setup, rollout))
         metrics["objective/gold"] = float(gold.mean())
         clock.lap("time/gold_s")
     seconds = sum(clock.laps.values())
@@ -238,7 +240,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         while done < total and not stopped:
             rows = batch_indices(len(setup.prompts.texts), settings.ppo.batch_size, done, settings.seed)
             state, metrics, rollout, scores = iterate(setup, state, rows)
-            refuse_non_finite(metrics, done)
+            refuse_non_finite(metrics, f"iteration {done}", "lower config.ppo.lr, or the range of the scores")
             writers.write(done, metrics)
             reporter.update(done, metrics)
             stopped = 0 < settings.kl_limit < metrics["objective/kl"]
@@ -292,20 +294,6 @@ def announce(setup: Setup, reporter: Reporter, start: int) -> None:
     reporter.print(f"prompts: {len(prompts.texts):,} of at most {limit} tokens ({fate})")
 
 
-def refuse_non_finite(metrics: dict[str, float], iteration: int) -> None:
-    """Ends the run before a broken state is saved.
-
-    Raises:
-        InputError: a metric that is not a finite number.
-    """
-    broken = [name for name, x in metrics.items() if not np.isfinite(x)]
-    if broken:
-        raise InputError(
-            f"iteration {iteration}: {', '.join(broken)}: not a finite number; the last checkpoint is kept. "
-            "Expected a smaller config.ppo.lr, or a smaller range of scores"
-        )
-
-
 def finish(setup: Setup, state: TrainState, workdir: Path, reached: int, stopped: bool) -> dict[str, Any]:
     """Exports the policy, draws the curves, and compares the policy with the model that it started from."""
     params = jax.device_get(state.params["decoder"])
@@ -316,7 +304,7 @@ def finish(setup: Setup, state: TrainState, workdir: Path, reached: int, stopped
     after, answers_after = evaluate(setup, state)
     rows = [
         {"prompt": prompt, "before": old, "after": new}
-        for prompt, old, new in zip(setup.prompts.texts, answers_before, answers_after, strict=False)
+        for prompt, old, new in zip(setup.heldout.texts, answers_before, answers_after, strict=False)
     ]
     write_jsonl(workdir / "responses.jsonl", rows)
     results = {
@@ -337,24 +325,24 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[st
     Returns:
         (means over the responses: see `results_page`; the responses).
     """
-    size = setup.settings.ppo.batch_size
-    num_batches = -(-min(setup.settings.eval_prompts, len(setup.prompts.texts)) // size)
+    size, prompts = setup.settings.ppo.batch_size, setup.heldout
+    num_batches = -(-min(setup.settings.eval_prompts, len(prompts.texts)) // size)
     place = partial(jax.device_put, device=setup.shardings.replicated)
     all_scores, all_gold, all_metrics, answers = [], [], [], []
     for number in range(num_batches):
-        rows = np.arange(number * size, (number + 1) * size) % len(setup.prompts.texts)
+        rows = np.arange(number * size, (number + 1) * size) % len(prompts.texts)
         at = state.replace(key=place(jax.random.key(2**31 - 1)), step=place(jnp.int32(number)))
-        rollout = setup.step.act(at, batch_of(setup, rows))
+        rollout = setup.step.act(at, batch_of(setup, prompts, rows))
         responses = texts_of(setup, rollout)
         if setup.step.score:
             scores = setup.step.score(setup.judge.params, rollout)
         else:
-            scores = judge_on_host(setup, setup.judge.host, rows, responses)
+            scores = judge_on_host(setup.judge.host, prompts, rows, responses)
         measured = setup.step.measure(at, setup.ref_params, rollout, jax.device_put(scores, setup.shardings.batch))
         all_metrics.append(jax.device_get(measured))
         all_scores.append(np.asarray(scores))
         if setup.gold:
-            all_gold.append(judge_on_host(setup, setup.gold, rows, responses))
+            all_gold.append(judge_on_host(setup.gold, prompts, rows, responses))
         answers += responses
     scores = np.concatenate(all_scores)
     mean = {
@@ -376,7 +364,7 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[st
 def dry_run(settings: PPOExperiment) -> None:
     """Compiles the programs of an iteration and prints what they cost on each device."""
     setup = prepare(settings)
-    batch = batch_of(setup, np.zeros(setup.settings.ppo.batch_size, int))
+    batch = batch_of(setup, setup.prompts, np.zeros(setup.settings.ppo.batch_size, int))
     if setup.step.iterate:
         programs = {"iterate": setup.step.iterate.lower(setup.state, setup.ref_params, batch, setup.judge.params)}
     else:

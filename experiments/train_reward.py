@@ -10,7 +10,6 @@ same command again goes on where the run stopped.
 
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from experiments.settings import RewardExperiment, tracker_names
 from ppo_jax import hub
 from ppo_jax.comparisons import JudgedSet, encode_judged, split_by_prompt
 from ppo_jax.data import batch_indices, pad
-from ppo_jax.errors import InputError, check
+from ppo_jax.errors import check
 from ppo_jax.evaluation import (
     accuracy_by_margin,
     expected_calibration_error,
@@ -43,7 +42,7 @@ from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves, plot_reliability
 from ppo_jax.preferences import read_judged
 from ppo_jax.reward_model import RewardStep, init_reward_params, make_reward_step, normalized_head
-from ppo_jax.runs import resume, write_json
+from ppo_jax.runs import refuse_non_finite, resume, write_json
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import (
     SpecialTokens,
@@ -94,6 +93,8 @@ def prepare(settings: RewardExperiment) -> Setup:
     judged, heldout = load_judged(settings, tokenizer, special)
     for part in (judged, heldout):
         check_vocabulary(special, part.tokens, config.vocab_size)
+    check("config.center_coef", settings.center_coef, not (settings.center_coef and judged.are_ratings),
+          "0 with scores, which say themselves where their center is")  # fmt: skip
     check_trackers(tracker_names(settings.trackers))
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -240,7 +241,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 row = {name: float(x) for name, x in metrics.items()}  # waits
                 seconds = (time.perf_counter() - began[0]) / (done - began[1])
                 row |= {"optim/lr": float(setup.schedule(number)), "time/step_s": seconds}
-                refuse_non_finite(row["reward/loss"], number)
+                refuse_non_finite(row, f"step {number}", "lower config.lr")
                 began = time.perf_counter(), done
             if done == total or done % settings.eval_every == 0:
                 row |= heldout_metrics(setup, state.params)
@@ -251,16 +252,6 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 checkpoints.save(state)
     checkpoints.close()
     return finish(setup, state, workdir, samples)
-
-
-def refuse_non_finite(loss: float, number: int) -> None:
-    """Ends the run before a broken state is saved.
-
-    Raises:
-        InputError: the loss is no finite number.
-    """
-    if not math.isfinite(loss):
-        raise InputError(f"step {number}: reward/loss: got {loss}, expected a finite number: lower config.lr")
 
 
 def announce(setup: Setup, reporter: Reporter, start: int) -> None:
@@ -313,27 +304,22 @@ def statistics(heldout: JudgedSet, raw: np.ndarray, scores: np.ndarray) -> dict[
         `length_correlation`.
     """
     present = heldout.mask.any(axis=2)
-    lengths = heldout.mask.sum(axis=2)[present]
-    results: dict[str, Any] = {"length_correlation": length_correlation(scores[present], lengths)}
-    better = (heldout.ranks[:, :, None] < heldout.ranks[:, None, :]) & (heldout.ranks[:, :, None] > 0)
-    if not better.any():  # ratings
-        return results | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "ece")) | {
-            "reliability": [], "accuracy_by_margin": [],
-        }  # fmt: skip
-
-    def differences(of: np.ndarray) -> np.ndarray:
-        return (of[:, :, None] - of[:, None, :])[better]
-
-    won = np.ones(int(better.sum()), bool)
-    accuracy = pair_accuracy(differences(scores), won)
-    probabilities = 1 / (1 + np.exp(-differences(raw)))
+    correlation = length_correlation(scores[present], heldout.response_lengths[present])
+    results: dict[str, Any] = {"length_correlation": correlation}
+    differences = heldout.pair_differences(scores)
+    if not differences.size:  # ratings
+        nothing = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "ece"))
+        return results | nothing | {"reliability": [], "accuracy_by_margin": []}
+    won = np.ones(differences.size, bool)
+    accuracy = pair_accuracy(differences, won)
+    probabilities = 1 / (1 + np.exp(-heldout.pair_differences(raw)))
     return results | {
         "accuracy": accuracy.accuracy,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
         "ece": expected_calibration_error(probabilities, won),
         "reliability": reliability(probabilities, won),
-        "accuracy_by_margin": accuracy_by_margin(differences(raw), won),
+        "accuracy_by_margin": accuracy_by_margin(differences, won),
     }
 
 

@@ -32,7 +32,7 @@ from ppo_jax.models import Decoder
 from ppo_jax.optim import fresh_state, make_optimizer, make_schedule
 from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
-from ppo_jax.runs import resume, write_json
+from ppo_jax.runs import refuse_non_finite, resume, write_json
 from ppo_jax.sft import SFTStep, make_sft_step
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, special_tokens
@@ -206,7 +206,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 "optim/lr": float(setup.schedule(done - 1)),
                 "time/tokens_per_s": tokens / (time.perf_counter() - began),
             }
-            refuse_non_finite(row, done - 1)
+            refuse_non_finite(row, f"step {done - 1}", "lower config.lr")
             if evaluates:
                 losses[done] = heldout_loss(setup, state.params)
                 row |= heldout_metrics(losses[done])
@@ -227,16 +227,6 @@ def finished(workdir: Path, done: int, total: int) -> dict[str, Any] | None:
     path = workdir / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"steps": None}
     return results if results["steps"] == done and (done == total or results["stopped"]) else None
-
-
-def refuse_non_finite(row: dict[str, float], step: int) -> None:
-    """Ends a run whose loss is no longer a number.
-
-    Raises:
-        InputError: names the step.
-    """
-    loss = row["sft/loss"]
-    check(f"step {step}: sft/loss", loss, math.isfinite(loss), "a finite number: lower config.lr")
 
 
 def keep_best(settings: SFTExperiment, workdir: Path, state: TrainState, losses: dict[int, float]) -> None:

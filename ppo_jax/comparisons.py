@@ -21,9 +21,15 @@ class JudgedSet:
     ranks: np.ndarray  # [num, C] int32; all 0 for ratings
     margin: np.ndarray  # [num] float32
     scores: np.ndarray  # [num] float32; 0 for comparisons
-    prompts: tuple[str, ...]
+    response_lengths: np.ndarray  # [num, C] int32: tokens of a response, without prompt and EOS
+    judged: tuple[Judged, ...]  # where the rows come from
     num_long: int  # left out: a text of more than S tokens
     num_tied: int  # left out: nothing better than anything
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of the rows."""
+        return tuple(one.prompt for one in self.judged)
 
     @property
     def are_ratings(self) -> bool:
@@ -32,8 +38,22 @@ class JudgedSet:
 
     def rows(self, where: np.ndarray) -> "JudgedSet":
         """Some of the rows."""
-        parts = {name: getattr(self, name)[where] for name in ("tokens", "mask", "ranks", "margin", "scores")}
-        return dataclasses.replace(self, **parts, prompts=tuple(self.prompts[i] for i in where))
+        names = ("tokens", "mask", "ranks", "margin", "scores", "response_lengths")
+        parts = {name: getattr(self, name)[where] for name in names}
+        return dataclasses.replace(self, **parts, judged=tuple(self.judged[i] for i in where))
+
+    def pair_differences(self, scores: np.ndarray) -> np.ndarray:
+        """Score of the better text minus score of the worse, of every pair that is strictly ordered.
+
+        Args:
+            scores: `[num, C]`.
+
+        Returns:
+            `[pairs]`.
+        """
+        ranks = self.ranks
+        better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)
+        return (scores[:, :, None] - scores[:, None, :])[better]
 
     def batch(self, where: np.ndarray) -> Comparisons | Ratings:
         """Some of the rows, as a train step takes them."""
@@ -52,7 +72,7 @@ def encode_judged(
         judged: at least one; all comparisons, or all ratings.
         tokenizer: of the reward model.
         special: pad and EOS.
-        length: S, slots for a text; a judgement with a longer one is left out.
+        length: most tokens of a text; a judgement with a longer one is left out. S is the longest that is kept.
 
     Raises:
         DataError: comparisons and ratings in one, or nothing left.
@@ -60,6 +80,7 @@ def encode_judged(
     if len({one.ranks is None for one in judged}) > 1:
         raise DataError("data: comparisons and scores in one source; expected one kind, each trains a model of its own")
     texts = [[encode_text(tokenizer, special, one.prompt, text) for text in one.responses] for one in judged]
+    prompt_sizes = [len(encode_text(tokenizer, special, one.prompt, "")) for one in judged]  # and EOS
     tied = [one.ranks is not None and len(set(one.ranks)) == 1 for one in judged]
     long = [max(map(len, row)) > length for row in texts]
     kept = [i for i in range(len(judged)) if not tied[i] and not long[i]]
@@ -69,7 +90,9 @@ def encode_judged(
             f"{length} tokens; expected some that are neither"
         )
     most = max(len(texts[i]) for i in kept)
+    length = max(len(text) for i in kept for text in texts[i])
     rows = [text for i in kept for text in texts[i] + [[]] * (most - len(texts[i]))]
+    sizes = [[len(text) - prompt_sizes[i] for text in texts[i]] + [0] * (most - len(texts[i])) for i in kept]
     tokens, mask = pad(rows, length, special.pad_id, side="right")
     ranks = [judged[i].ranks or (0,) for i in kept]
     return JudgedSet(
@@ -78,7 +101,8 @@ def encode_judged(
         ranks=np.array([[*row, *[0] * (most - len(row))] for row in ranks], np.int32),
         margin=np.array([judged[i].margin for i in kept], np.float32),
         scores=np.array([judged[i].score or 0.0 for i in kept], np.float32),
-        prompts=tuple(judged[i].prompt for i in kept),
+        response_lengths=np.maximum(np.array(sizes, np.int32), 0),
+        judged=tuple(judged[i] for i in kept),
         num_long=sum(long),
         num_tied=sum(tied),
     )

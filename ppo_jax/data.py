@@ -90,7 +90,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f'{path}: Parquet files need the "data" extra: pip install "ppo_jax[data]"') from error
+        raise DataError(f'{path}: Parquet files need the "data" extra: pip install -e ".[data]"') from error
     try:
         with parquet.ParquetFile(path) as file:
             return file.read().to_pylist()
@@ -106,7 +106,7 @@ def _dataset_rows(name: str, split: str) -> list[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f'{name}: hub datasets need the "data" extra: pip install "ppo_jax[data]"') from error
+        raise DataError(f'{name}: hub datasets need the "data" extra: pip install -e ".[data]"') from error
     try:
         return datasets.load_dataset(name, split=split).to_list()
     except Exception as error:  # the library raises many types for "not found" and "no network"

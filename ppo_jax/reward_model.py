@@ -120,7 +120,7 @@ def init_reward_params(decoder: Params, config: ModelConfig, key: jax.Array) -> 
     return {"decoder": trunk, "score_head": head}
 
 
-def normalized_head(kernel: np.ndarray, hidden: np.ndarray, ridge: float = 1e-6) -> np.ndarray:
+def normalized_head(kernel: np.ndarray, hidden: np.ndarray, ridge: float = 0.1) -> np.ndarray:
     """The head whose scores have mean 0 and standard deviation 1 over the given samples.
 
     OpenAI's reward model has a gain and a bias for this. The folders that everybody reads have a head without bias, so
@@ -134,7 +134,8 @@ def normalized_head(kernel: np.ndarray, hidden: np.ndarray, ridge: float = 1e-6)
     Args:
         kernel: `[D, 1]`.
         hidden: `[n, D]`, what the head reads for n samples of the reference policy, n >= 2.
-        ridge: of the least squares, relative to the mean square of a coordinate.
+        ridge: of the least squares, relative to the mean square of a coordinate. It matters where samples are hardly
+            more than coordinates, and costs nothing elsewhere.
 
     Returns:
         `[D, 1]` float32.

@@ -1,8 +1,9 @@
 """The folder of a run: one configuration a folder, and what a restart may change of it."""
 
 import json
+import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,24 @@ def resume(
     state = checkpoints.restore(fresh)
     free(fresh)
     return checkpoints, state
+
+
+def refuse_non_finite(metrics: Mapping[str, float], where: str, expected: str) -> None:
+    """Ends a run before a broken state is saved.
+
+    Args:
+        metrics: by name.
+        where: which step.
+        expected: what to change.
+
+    Raises:
+        RunError: a metric is not a finite number.
+    """
+    broken = [f"{name}: got {x}" for name, x in metrics.items() if not math.isfinite(x)]
+    if broken:
+        raise RunError(
+            f"{where}: {', '.join(broken)}, expected a finite number: {expected}; the last checkpoint is kept"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -47,7 +47,8 @@ def real(judged, row: int, text: int = 0) -> list[int]:
 
 def test_a_pair_is_two_texts_of_prompt_response_and_end(tokenizer, ids):
     judged = encode_judged([pair("the cat", " sat here", " was bad", 0.5)], tokenizer, SPECIAL, LENGTH)
-    assert judged.tokens.shape == judged.mask.shape == (1, 2, LENGTH)
+    assert judged.tokens.shape == judged.mask.shape == (1, 2, 6)  # as long as the longest: BOS, four words, EOS
+    assert judged.response_lengths.tolist() == [[2, 2]]
     assert (judged.tokens.dtype, judged.mask.dtype) == (np.int32, bool)
     assert real(judged, 0, 0) == [BOS, *ids("the cat sat here"), EOS]
     assert real(judged, 0, 1) == [BOS, *ids("the cat was bad"), EOS]
@@ -70,7 +71,11 @@ def test_comparisons_of_several_sizes_share_an_array(tokenizer, ids):
         Judged("a film", (" was", " is", " sat"), (2, 2, 1), None),
     ]
     judged = encode_judged(rows, tokenizer, SPECIAL, LENGTH)
-    assert judged.tokens.shape == (3, 4, LENGTH)
+    assert judged.tokens.shape == (3, 4, 5)
+    assert judged.response_lengths.tolist() == [[1, 1, 0, 0], [1] * 4, [1, 1, 1, 0]]
+    # The better minus the worse: 0-1 of the first; 1-0, 1-2, 1-3, 0-3, 2-3 of the second; 2-0, 2-1 of the third.
+    scores = np.array([[4.0, 1.0, 99.0, 99.0], [1.0, 3.0, 2.0, 0.5], [1.0, 2.0, 5.0, 99.0]])
+    assert sorted(judged.pair_differences(scores)) == sorted([3.0, 2.0, 1.0, 2.5, 0.5, 1.5, 4.0, 3.0])
     assert judged.ranks.tolist() == [[1, 2, 0, 0], [2, 1, 2, 3], [2, 2, 1, 0]]
     for row, one in enumerate(rows):
         for text in range(4):
@@ -100,14 +105,15 @@ def test_ratings_are_texts_with_a_score(tokenizer, ids):
     rows = [rating("the cat", " sat", 0.0), rating("a dog", " was good", -2.5), rating("", "a film", 4)]
     judged = encode_judged(rows, tokenizer, SPECIAL, LENGTH)
     assert judged.are_ratings
-    assert judged.tokens.shape == (3, 1, LENGTH)
+    assert judged.tokens.shape == (3, 1, 6)
+    assert judged.pair_differences(np.zeros((3, 1))).size == 0
     assert [real(judged, i) for i in range(3)] == [
         [BOS, *ids(one.prompt + one.responses[0]), EOS] for one in rows
     ]  # fmt: skip
     assert judged.scores.tolist() == [0.0, -2.5, 4.0]
     batch = judged.batch(np.array([2, 1]))
     assert isinstance(batch, Ratings)
-    assert batch.tokens.shape == batch.mask.shape == (2, LENGTH)
+    assert batch.tokens.shape == batch.mask.shape == (2, 6)
     assert batch.scores.tolist() == [4.0, -2.5]
     np.testing.assert_array_equal(batch.tokens, judged.tokens[[2, 1], 0])
 

@@ -775,6 +775,6 @@ def test_without_the_extra_a_message_says_how_to_get_it(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        f'InputError the labelling page needs {name}, which is not installed: pip install "ppo_jax[feedback]"'
+        f'InputError the labelling page needs {name}, which is not installed: pip install -e ".[feedback]"'
         for name in ("starlette", "uvicorn")
     ]

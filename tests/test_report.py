@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from matplotlib.image import imread
 
 from experiments.report import write_report
-from experiments.report.road import Road
+from experiments.report.road import Findings
 from experiments.report.samples import MAX_CHARS, choose_samples, side_by_side
 from experiments.report.text import markdown, visible
 from experiments.report.verdicts import verdicts
@@ -167,7 +167,7 @@ def test_both_reports_tell_the_same(road):
             # gold: (1.75 - 0.5) / (2.5 - 0.5) = 62.5 %; proxy: 2.5 / 2 = 125 %
             "0.500 before PPO, 1.750 after: +62% of the distance from the base policy to its best of 16 (2.500)",
             "0.000 before PPO, 2.500 after: +125% of the distance",
-            "76.3% of the held-out comparisons right (95% interval: 73.1% to 79.2%), 2.7 points below the simulated "
+            "76.3% of the held-out comparisons right (95% interval: 73.1% to 79.2%), 2.70 points below the simulated "
             "annotator's ceiling of 79.0%",
             "were made by a simulated annotator",
             "Correlation of score and length: +0.21 pearson.",
@@ -310,24 +310,26 @@ def test_without_gold_the_proxy_says_who_gained():
         ({"gold/ppo": 1.5}, "good", "+50% of the distance"),
         ({"gold/best_of_16": 0.5}, "note", "0.500 before PPO, 1.750 after."),
         ({"gold/base": None, "gold/ppo": None, "gold/best_of_16": None}, "note", "gold: not known."),
-        ({"reward_model/accuracy": 0.7, "reward_model/annotator_ceiling": 0.76}, "bad", "6.0 points below"),
-        ({"reward_model/accuracy": 0.8}, "good", "1.0 points above"),
+        ({"reward_model/accuracy": 0.7, "reward_model/annotator_ceiling": 0.76}, "bad", "6.00 points below"),
+        ({"reward_model/accuracy": 0.8}, "good", "1.00 points above"),
         ({"reward_model/annotator_ceiling": None}, "note", "76.3% of the held-out comparisons right (95%"),
         ({"reward_model/accuracy": None}, "note", "accuracy not known."),
         ({"proxy/ppo": math.nan}, "note", "proxy: not known."),
     ],
 )
 def test_verdicts(road, change, kind, sentence):
-    found = verdicts(Road(road, SUMMARY | change, None))
+    found = verdicts(Findings(road, SUMMARY | change, None))
     assert any(verdict.kind == kind and sentence in f"{verdict.topic}: {verdict.text}" for verdict in found)
 
 
 def test_over_optimisation_names_the_peak(road):
     # gold = 2t - 1.5t^2 is highest at t = 2/3, iteration 20; means over 3 iterations keep a smooth peak in its place.
-    (text,) = [verdict.text for verdict in verdicts(Road(road, SUMMARY, None)) if verdict.topic == "over-optimisation"]
+    (text,) = [
+        verdict.text for verdict in verdicts(Findings(road, SUMMARY, None)) if verdict.topic == "over-optimisation"
+    ]
     assert "around iteration 20, at 0.66" in text  # 4/3 - 2/3 = 0.667
     assert "the proxy went from 1.333 to 1.9" in text
-    assert len(verdicts(Road(road, SUMMARY, ()))) == 4  # nothing to say
+    assert len(verdicts(Findings(road, SUMMARY, ()))) == 4  # nothing to say
 
 
 def test_without_a_limit_and_without_a_simulated_annotator(road):

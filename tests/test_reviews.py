@@ -320,6 +320,8 @@ def test_corpus_files(tmp_path):
     assert len({*train, *heldout, *[(prompt + completion,) for prompt, completion in demonstrations]}) == 800
     assert all(is_grammatical(prompt + completion) for prompt, completion in demonstrations)
     assert len(set(prompts)) == 300
+    openings = {split(text)[0] for (text,) in train + heldout} | {prompt for prompt, _ in demonstrations}
+    assert not openings & {prompt for (prompt,) in prompts}
     assert all(len(split(prompt)) == 1 and is_grammatical(prompt) for (prompt,) in prompts)
     write_corpus(tmp_path / "again", **COUNTS, seed=1)
     for path in folder.iterdir():
@@ -328,6 +330,6 @@ def test_corpus_files(tmp_path):
 
 def test_more_prompts_than_there_are_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_files, "draw_review", lambda rng: Review("Always the same.", f"{rng.random()}", 0.0))
-    with pytest.raises(ValueError, match="asked for 300 distinct texts, but the grammar gave only 1"):
+    with pytest.raises(ValueError, match="asked for 300 distinct texts, but the grammar gave only 0"):
         write_corpus(tmp_path, **COUNTS, seed=0)
     assert list(tmp_path.iterdir()) == []

@@ -17,8 +17,8 @@ from ppo_jax.errors import InputError
 from ppo_jax.metrics import read_jsonl
 from ppo_jax.models import Decoder, ModelConfig, causal_mask, positions_of
 from ppo_jax.rewards import Judge, call_reward, check_score, load_host_reward, load_reward
-from ppo_jax.rewards.model import load_scorer, make_model_score, make_text_score, with_eos
-from ppo_jax.tokenizers import SpecialTokens, decode_responses, encode_prompt, special_tokens
+from ppo_jax.rewards.model import load_critic, load_scorer, make_model_score, make_text_score, with_eos
+from ppo_jax.tokenizers import SpecialTokens, decode_responses, encode_prompt, load_tokenizer, special_tokens
 from ppo_jax.types import Rollout
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -457,7 +457,7 @@ def test_a_critic_from_the_reward_model(judges, tmp_path, start, monkeypatch):
 def check_first_values(setup, folder) -> None:
     """Value t is the score of the prompt and the first t tokens, read without padding and without an EOS."""
     config, params = hub.load_reward_model(folder)
-    rollout = setup.step.act(setup.state, train_ppo.batch_of(setup, np.arange(8)))
+    rollout = setup.step.act(setup.state, train_ppo.batch_of(setup, setup.prompts, np.arange(8)))
     tokens, mask, values = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.values))
     here = np.asarray(rollout.response_mask)
     states = [tokens[row, : 8 + t][mask[row, : 8 + t]] for row, t in np.argwhere(here)]
@@ -468,11 +468,12 @@ def check_first_values(setup, folder) -> None:
 
 
 def test_a_critic_of_another_reward_model_than_the_judge(judges):
-    settings = PPOExperiment(model=str(judges.policy), reward="vader", critic=str(judges.same))
-    critic = train_ppo.load_critic(settings, hub.load_config(judges.policy))
+    policy, tokenizer = hub.load_config(judges.policy), load_tokenizer(judges.policy)
+    critic = load_critic(str(judges.same), "vader", policy, tokenizer)
     loaded = hub.load_reward_model(judges.same)[1]
     jax.tree.map(np.testing.assert_array_equal, critic, loaded)
-    assert train_ppo.load_critic(PPOExperiment(reward=f"model:{judges.same}"), None) is None
+    same = load_critic("reward", f"model:{judges.same}", policy, tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, same, loaded)
 
 
 def test_a_critic_that_does_not_fit_is_refused(judges, tmp_path, capsys):

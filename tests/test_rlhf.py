@@ -23,8 +23,8 @@ SMALL = {
     "pretrain.architecture.num_layers": 1, "pretrain.architecture.width": 16,
     "pretrain.architecture.mlp_width": 16, "pretrain.mesh.data": 1,
     "sft.num_steps": 2, "sft.batch_size": 8, "sft.eval_every": 2, "sft.log_every": 1, "sft.mesh.data": 1,
-    "collect.num_responses": 2, "collect.response_length": 8, "collect.batch_size": 8,
-    "reward.response_length": 8, "reward.batch_size": 4, "reward.num_epochs": 1, "reward.log_every": 1,
+    "collect.num_responses": 2, "collect.batch_size": 8, "collect.overlap": 0.25,
+    "reward.batch_size": 4, "reward.num_epochs": 1, "reward.log_every": 1,
     "reward.reference_samples": 8, "reward.mesh.data": 1,
     "ppo.num_iterations": 1, "ppo.eval_prompts": 8, "ppo.mesh.data": 1, "ppo.ppo.batch_size": 8,
     "ppo.ppo.response_length": 8, "ppo.ppo.num_epochs": 1, "ppo.ppo.num_minibatches": 1,
@@ -74,10 +74,20 @@ def test_every_stage_leaves_its_result(road):
 def test_the_simulated_annotator_writes_into_the_store_of_the_page(road):
     judgements = Store(road / "feedback" / "feedback.db").judgements()
     assert {one.annotator for one in judgements} <= {"simulated 1", "simulated 2"}
-    files = [(road / "feedback" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "heldout")]
-    prompts = [{json.loads(line)["prompt"] for line in lines} for lines in files]
-    assert sum(map(len, files)) == len(judgements)
-    assert not prompts[0] & prompts[1]
+    assert len(read_jsonl(road / "feedback" / "judgements.jsonl")) == len(judgements) == 20  # 16 items, 4 of them twice
+    summary = json.loads((road / "summary.json").read_text())
+    assert 0 <= summary["feedback/percent"] <= 1
+
+
+def test_no_prompt_is_on_both_sides(road):
+    train, kept = (read_jsonl(road / "prompts" / f"{name}.jsonl") for name in ("train", "evaluation"))
+    assert (len(train), len(kept)) == (16, 4)
+    assert len({row["prompt"] for row in train + kept}) == 20
+    seen = (road / "corpus" / "train.jsonl").read_text() + (road / "corpus" / "demonstrations.jsonl").read_text()
+    assert not any(row["prompt"] in seen for row in train + kept)
+    assert {row["prompt"] for row in read_jsonl(road / "evaluation" / "responses.jsonl")} == {r["prompt"] for r in kept}
+    # PPO's own comparison, which gives the KL, is on these as well.
+    assert {row["prompt"] for row in read_jsonl(road / "ppo" / "responses.jsonl")} <= {row["prompt"] for row in kept}
 
 
 def test_a_second_start_does_nothing(road, capsys):
@@ -132,10 +142,13 @@ def test_people_are_waited_for(road, tmp_path):
     finally:
         process.kill()
         process.communicate()
-    rows = [row for name in ("train", "heldout") for row in read_jsonl(workdir / "feedback" / f"{name}.jsonl")]
+    rows = read_jsonl(workdir / "feedback" / "judgements.jsonl")
     assert {row["prompt"]: row["completions"][row["ranks"].index(1)] for row in rows} == prefers_long
-    assert json.loads((workdir / "stages.json").read_text())["feedback"]["result"]["ceiling"] is None
-    assert (workdir / "feedback.old" / "feedback.db").exists()
+    assert (workdir / "feedback.old" / "feedback.db").exists()  # the simulated annotator's
+    # What people said is not set aside for another setting.
+    again = folders.run_script("rlhf.py", flags(workdir, **changes, num_eval_prompts=5))
+    assert "16 judgements by people" in again.error()
+    assert len(Store(workdir / "feedback" / "feedback.db").judgements()) == 16
 
 
 def wait_for(process, beginning):
@@ -153,7 +166,8 @@ REFUSED = {
     "an unknown judge": ({"gold": "nowhere:gold"}, "nowhere"),
     "nobody to judge": ({"feedback": "nobody"}, "feedback: got 'nobody'"),
     "too many prompts to keep": ({"num_eval_prompts": 30}, "num_eval_prompts"),
-    "a model without prompts": ({"model": "somewhere"}, "prompts"),
+    "a length that follows": ({"collect__response_length": 9}, "collect.response_length: got 9"),
+    "too long for the model": ({"ppo__ppo__response_length": 90}, "at most the model's 96 positions"),
 }
 
 

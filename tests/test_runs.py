@@ -1,6 +1,7 @@
 """The folder of a run: made once, entered again by the same configuration only, never half written."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from ppo_jax.checkpoint import CheckpointError
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import JsonlWriter, read_jsonl, write_jsonl
-from ppo_jax.runs import RunError, open_run, resume, write_json
+from ppo_jax.runs import RunError, open_run, refuse_non_finite, resume, write_json
 from ppo_jax.types import TrainState
 
 CONFIG = {
@@ -290,3 +291,10 @@ def test_rows_that_cannot_all_be_written_leave_the_old_ones(tmp_path):
             write_jsonl(tmp_path / "rows.jsonl", rows)
         assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_ends_a_run(loss):
+    refuse_non_finite({"loss": 0.0}, "step 3", "lower config.lr")
+    with pytest.raises(RunError, match="step 3: loss: got .*, expected a finite number: lower config.lr"):
+        refuse_non_finite({"accuracy": 0.5, "loss": loss}, "step 3", "lower config.lr")

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -238,7 +239,7 @@ BAD = [
     (RLHFExperiment, "num_eval_prompts", 1),
     (RLHFExperiment, "feedback", "nobody"),
     (RLHFExperiment, "annotator_temperature", 0.0),
-    (RLHFExperiment, "feedback_heldout", 1.0),
+    (RLHFExperiment, "annotator_temperature", math.inf),
     (RLHFExperiment, "seed", -1),
     (CorpusSettings, "num_prompts", 0),
     (Architecture, "num_layers", 0),

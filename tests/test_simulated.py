@@ -13,7 +13,7 @@ import pytest
 
 from ppo_jax.errors import InputError
 from ppo_jax.feedback.agreement import agreement
-from ppo_jax.feedback.simulated import BATCH, annotate, ceiling, simulated_annotator, simulated_score
+from ppo_jax.feedback.simulated import BATCH, annotate, simulated_annotator, simulated_score
 from ppo_jax.feedback.store import Item, Store
 from ppo_jax.rewards import RewardError
 
@@ -81,23 +81,11 @@ def test_scores_follow_their_formula(rng):
     assert [simulated_score(gold, 7, rng, 1.0) for gold in (-1e6, 1e6)] == [1, 7]
 
 
-def test_the_ceiling_by_hand_and_by_trial(rng):
-    # sigmoid(|2|/1) = 0.880797, sigmoid(0) = 0.5, sigmoid(|-1|/1) = 0.731059; mean 0.703952.
-    assert ceiling([2.0, 1.0, -1.0], [0.0, 1.0, 0.0], 1.0) == pytest.approx(0.703952, abs=1e-6)
-    assert ceiling([1e6], [0.0], 0.1) == 1.0
-    gold = rng.normal(size=(4000, 2)) * 2
-    agreed = [(simulated_annotator(row, rng, 1.5)[0] == 1) == (row[0] > row[1]) for row in gold]
-    assert np.mean(agreed) == pytest.approx(ceiling(gold[:, 0], gold[:, 1], 1.5), abs=0.04)
-    with pytest.raises(InputError, match="at least one pair"):
-        ceiling([], [], 1.0)
-
-
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_temperatures_that_make_no_sense(path, rng, temperature):
     for call in (
         lambda: simulated_annotator([0.0, 1.0], rng, temperature),
         lambda: simulated_score(0.0, 5, rng, temperature),
-        lambda: ceiling([0.0], [1.0], temperature),
         lambda: annotate(Store(path), length, temperature, 0),
     ):
         with pytest.raises(InputError, match=r"temperature: got .*, expected a number > 0"):

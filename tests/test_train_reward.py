@@ -17,7 +17,7 @@ import scipy.stats
 from experiments import train_reward
 from experiments.settings import RewardExperiment
 from ppo_jax import hub
-from ppo_jax.errors import InputError
+from ppo_jax.comparisons import JudgedSet
 from ppo_jax.metrics import read_jsonl
 from ppo_jax.preferences import read_judged
 from ppo_jax.rewards import load_host_reward
@@ -349,6 +349,36 @@ def test_without_normalisation_the_scores_stay_as_they_were_trained(world, tmp_p
     assert count == pytest.approx(confidence.sum(), rel=1e-4)
 
 
+def test_statistics_are_over_all_ordered_pairs(rng):
+    """Accuracy and length of the saved scores; calibration and margins of those that were trained, the log odds."""
+    ranks = np.array([[1, 2, 0, 0], [2, 1, 2, 0], [3, 1, 2, 4], [1, 1, 2, 2]] * 5)
+    lengths = np.where(ranks > 0, rng.integers(1, 9, ranks.shape), 0)
+    mask = np.arange(8) < lengths[..., None]
+    heldout = JudgedSet(mask.astype(np.int32), mask, ranks, np.zeros(20), np.zeros(20), ("",) * 20, 0, 0)
+    raw, scores = rng.normal(size=(2, *ranks.shape))
+    results = train_reward.statistics(heldout, raw, scores)
+
+    ordered = [
+        (row, i, j) for row in range(20) for i in range(4) for j in range(4) if 0 < ranks[row, i] < ranks[row, j]
+    ]
+    assert len(ordered) == 5 * (1 + 2 + 6 + 4)
+    assert results["accuracy"] == pytest.approx(np.mean([scores[row, i] > scores[row, j] for row, i, j in ordered]))
+    odds = [raw[row, i] - raw[row, j] for row, i, j in ordered]
+    for rows, expected in (
+        (results["reliability"], [1 / (1 + math.exp(-abs(x))) for x in odds]),
+        (results["accuracy_by_margin"], np.abs(odds)),
+    ):
+        assert sum(row["count"] for row in rows) == 65
+        assert sum(row["count"] * row["accuracy"] for row in rows) == pytest.approx(np.sum(np.array(odds) > 0))
+        if "confidence" in rows[0]:
+            assert sum(row["count"] * row["confidence"] for row in rows) == pytest.approx(np.sum(expected))
+        else:
+            assert (rows[0]["low"], rows[-1]["high"]) == pytest.approx((min(expected), max(expected)))
+    present = ranks > 0
+    correlation = np.corrcoef(scores[present], lengths[present])[0, 1]
+    assert results["length_correlation"]["pearson"] == pytest.approx(correlation)
+
+
 # Kills
 
 
@@ -537,10 +567,3 @@ def test_the_verdict_in_one_line():
     expected = "held-out accuracy: 0.750 (95 %: 0.700 to 0.800), calibration error 0.010"
     assert train_reward.verdict(results) == expected
     assert train_reward.verdict({"accuracy": None, "heldout/rmse": 0.5}) == "held-out rmse: 0.500"
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_what_is_no_loss(loss):
-    train_reward.refuse_non_finite(0.0, 3)
-    with pytest.raises(InputError, match="step 3: reward/loss: got"):
-        train_reward.refuse_non_finite(loss, 3)

@@ -1,6 +1,6 @@
 """Evaluation of the policy of `ppo_sentiment.py` against the model that it started from, by VADER's sentiment.
 
-    pip install "ppo_jax[eval,data]"
+    pip install -e ".[eval,data]"
     python experiments/evaluate.py --config=experiments/configs/evaluate.py --workdir=runs/evaluation \
         --config.policy=runs/sentiment/policy --config.against=gpt2
 

@@ -1,6 +1,6 @@
 """Pairs of responses of GPT-2 to the beginnings of film reviews, compared by people on a page.
 
-    pip install "ppo_jax[feedback,data]"
+    pip install -e ".[feedback,data]"
     python experiments/collect_feedback.py --config=experiments/configs/feedback.py --workdir=runs/feedback
 
 Prints an address to open in a browser; a tenth of the 500 pairs is for two annotators. Another model and other prompts

@@ -2,7 +2,7 @@
 
 GPT-2 continues the beginnings of film reviews, VADER's compound score judges the continuation:
 
-    pip install "ppo_jax[eval,data]"
+    pip install -e ".[eval,data]"
     python experiments/train_ppo.py --config=experiments/configs/ppo_sentiment.py --workdir=runs/sentiment
 
 For a GPU; GPT-2 not yet run there. Another model and other prompts with --config.model=FOLDER

@@ -43,11 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.annotator_temperature = 0.5
     config.collect.num_responses = 4
-    config.collect.prompt_length = 24
-    config.collect.response_length = 40
 
-    config.reward.length = 58
-    config.reward.response_length = 40
+    config.reward.heldout_frac = 0.2
     config.reward.num_epochs = 2
     config.reward.batch_size = 16
     config.reward.lr = 1e-3

@@ -3,7 +3,7 @@
 GPT-2 answers the beginnings of film reviews, four times each; a simulated annotator, who prefers what VADER likes (with
 noise), ranks the answers; a reward model learns the rankings; PPO follows the reward model:
 
-    pip install "ppo_jax[eval,data,feedback]"
+    pip install -e ".[eval,data,feedback]"
     python experiments/rlhf.py --config=experiments/configs/rlhf_sentiment.py --workdir=runs/rlhf_sentiment
 
 With --config.feedback=page people rank the answers instead. For a GPU; GPT-2 not yet run there. Another model and other
@@ -27,15 +27,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.collect.num_prompts = 512
     config.collect.num_responses = 4
-    config.collect.prompt_length = 32
-    config.collect.response_length = 48
 
-    config.reward.length = 81
-    config.reward.response_length = 48
+    config.reward.heldout_frac = 0.2
     config.reward.batch_size = 8
     config.reward.lr = 5e-5
     config.reward.eval_every = 25
 
+    config.ppo.long_prompts = "keep_start"
     config.ppo.num_iterations = 24
     config.ppo.kl_limit = 25.0
     config.ppo.ppo.batch_size = 64

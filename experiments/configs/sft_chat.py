@@ -1,6 +1,6 @@
 """Supervised fine-tuning on conversations: the answers of the assistant are learned, what they answer is only read.
 
-    pip install "ppo_jax[data]"
+    pip install -e ".[data]"
     python experiments/train_sft.py --config=experiments/configs/sft_chat.py --workdir=runs/sft_chat
 
 SmolLM2-135M-Instruct on the 9,500 conversations of No Robots, up to four passes; training stops when the loss on the

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of GPT-2 on film reviews: the customary base for `ppo_sentiment.py`.
 
-    pip install "ppo_jax[data]"
+    pip install -e ".[data]"
     python experiments/train_sft.py --config=experiments/configs/sft_reviews.py --workdir=runs/sft_reviews
     python experiments/train_ppo.py --config=experiments/configs/ppo_sentiment.py --workdir=runs/sentiment \
         --config.model=runs/sft_reviews/model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report import sections
-from experiments.report.road import STAGES, Road
+from experiments.report.road import STAGES, Findings
 from experiments.report.text import HTML, MARKDOWN
 from experiments.report.verdicts import verdicts
 from ppo_jax import __version__
@@ -32,7 +32,7 @@ def write_report(workdir: Path, summary: Mapping[str, Any], stages: Iterable[str
         stages: folders of the stages that belong to this road; others are not read. None: those that are there.
     """
     (workdir / "report").mkdir(parents=True, exist_ok=True)
-    road = Road(workdir, summary, stages)
+    road = Findings(workdir, summary, stages)
     versions = {"Python": platform.python_version(), "ppo_jax": __version__}
     versions |= {name: version(name) for name in _PACKAGES}
     page = {

@@ -23,7 +23,7 @@ STAGES = {  # folder -> words
 }
 
 
-class Road:
+class Findings:
     """The files that the report is made of; what is missing is empty, what cannot be read is empty and in `damaged`.
 
     Args:

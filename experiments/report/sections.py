@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report.road import STAGES, Road
+from experiments.report.road import STAGES, Findings
 from experiments.report.samples import choose_samples, side_by_side
 from ppo_jax.plots import NothingToDraw, plot_frontier, plot_proxy_and_gold, plot_reward_model
 from ppo_jax.plots.style import column, number
@@ -93,13 +93,13 @@ class Section:
     folded: dict[str, str] = field(default_factory=dict)
 
 
-def all_sections(road: Road) -> list[Section]:
+def all_sections(road: Findings) -> list[Section]:
     """In the order of the page."""
     parts = (_summary, _reward_model, _proxy_and_gold, _frontier, _samples, _curves, _settings)
     return [part(road) for part in parts]
 
 
-def lead(road: Road) -> str:
+def lead(road: Findings) -> str:
     """What was walked, and who judged."""
     walked = ", ".join(words for stage, words in STAGES.items() if stage in road.stages)
     if math.isfinite(road.ceiling):
@@ -112,12 +112,12 @@ def lead(road: Road) -> str:
     return f"Stages: {walked}. {judge}"
 
 
-def _summary(road: Road) -> Section:
+def _summary(road: Findings) -> Section:
     rows = [(_WORDS.get(key, key), show(value), key) for key, value in road.summary.items()]
     return Section("Summary", [*_HOW_TO_READ], [Table(("what", "value", "key"), rows)])
 
 
-def _reward_model(road: Road) -> Section:
+def _reward_model(road: Findings) -> Section:
     results, section = road.reward_model, Section("Reward model")
     section.pictures = _draw(
         road,
@@ -147,7 +147,7 @@ def _reward_model(road: Road) -> Section:
     return section
 
 
-def _proxy_and_gold(road: Road) -> Section:
+def _proxy_and_gold(road: Findings) -> Section:
     section = Section("Proxy against gold")
     section.pictures = _draw(
         road,
@@ -164,7 +164,7 @@ def _proxy_and_gold(road: Road) -> Section:
     return section
 
 
-def _frontier(road: Road) -> Section:
+def _frontier(road: Findings) -> Section:
     section = Section("Score against KL")
     evaluated = {"kl": road.value("objective/kl"), "proxy": road.value("proxy/ppo"), "gold": road.value("gold/ppo")}
 
@@ -190,7 +190,7 @@ def _best_of(row: Mapping[str, Any]) -> str:
     return "base policy" if row.get("n") == 1 else f"best of {show(row.get('n'))}"
 
 
-def _samples(road: Road) -> Section:
+def _samples(road: Findings) -> Section:
     section = Section("Samples")
     for title, rows in choose_samples(road.responses, NUM_SAMPLES).items():
         if rows:
@@ -200,7 +200,7 @@ def _samples(road: Road) -> Section:
     return section
 
 
-def _curves(road: Road) -> Section:
+def _curves(road: Findings) -> Section:
     section = Section("Learning curves")
     for stage in (stage for stage in TRAINED if stage in road.stages):
         if png := road.curves[stage]:
@@ -212,13 +212,13 @@ def _curves(road: Road) -> Section:
     return section
 
 
-def _settings(road: Road) -> Section:
+def _settings(road: Findings) -> Section:
     known = {f"{stage}/config.json": config for stage, config in road.configs.items() if config}
     folded = {name: json.dumps(config, indent=2, ensure_ascii=False) for name, config in known.items()}
     return Section("Settings", [] if folded else ["No stage has left its settings."], folded=folded)
 
 
-def _draw(road: Road, name: str, alt: str, caption: str, plot: Callable[[Path], None]) -> list[Picture]:
+def _draw(road: Findings, name: str, alt: str, caption: str, plot: Callable[[Path], None]) -> list[Picture]:
     """A picture in `report/`; none where there is nothing to draw."""
     path = road.workdir / "report" / name
     try:

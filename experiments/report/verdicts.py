@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.report.road import Road
+from experiments.report.road import Findings
 from ppo_jax.plots.style import column, number, running_mean
 
 WANTED_GOLD = 0.5
@@ -23,13 +23,13 @@ class Verdict:
     text: str
 
 
-def verdicts(road: Road) -> list[Verdict]:
+def verdicts(road: Findings) -> list[Verdict]:
     """KL, gold, proxy, reward model, over-optimisation; what is not known says so."""
     found = [_kl(road), _way(road, "gold"), _way(road, "proxy"), _accuracy(road)]
     return [*found, *_overoptimization(road)]
 
 
-def _kl(road: Road) -> Verdict:
+def _kl(road: Findings) -> Verdict:
     kl = road.value("objective/kl")
     if not math.isfinite(kl):
         return Verdict("note", "KL", "not known.")
@@ -40,7 +40,7 @@ def _kl(road: Road) -> Verdict:
     return Verdict("good" if held else "bad", "KL", f"{word}: {kl:.2f} of at most {road.kl_limit:g} nats a response.")
 
 
-def _way(road: Road, judge: str) -> Verdict:
+def _way(road: Findings, judge: str) -> Verdict:
     """From the base policy to PPO, as a share of the way to the best of 16."""
     base, ppo, best = (road.value(f"{judge}/{who}") for who in ("base", "ppo", "best_of_16"))
     if not math.isfinite(base + ppo):
@@ -55,7 +55,7 @@ def _way(road: Road, judge: str) -> Verdict:
     return Verdict("good" if share >= WANTED_GOLD else "bad", judge, f"{text}; wanted: at least {WANTED_GOLD:+.0%}.")
 
 
-def _accuracy(road: Road) -> Verdict:
+def _accuracy(road: Findings) -> Verdict:
     accuracy, ceiling = road.value("reward_model/accuracy"), road.ceiling
     if not math.isfinite(accuracy):
         return Verdict("note", "reward model", "accuracy not known.")
@@ -67,13 +67,13 @@ def _accuracy(road: Road) -> Verdict:
         return Verdict("note", "reward model", f"{text}.")
     below = ceiling - accuracy
     text += (
-        f", {100 * abs(below):.1f} points {'below' if below >= 0 else 'above'} the simulated annotator's ceiling of "
+        f", {100 * abs(below):.2f} points {'below' if below >= 0 else 'above'} the simulated annotator's ceiling of "
     )
     text += f"{ceiling:.1%}; wanted: at most {100 * WANTED_ACCURACY:.0f} below."
     return Verdict("good" if below <= WANTED_ACCURACY else "bad", "reward model", text)
 
 
-def _overoptimization(road: Road) -> list[Verdict]:
+def _overoptimization(road: Findings) -> list[Verdict]:
     """Where gold was highest, in running means, and where both judges went from there; nothing for short runs."""
     judges = np.stack([column(road.ppo, key) for key in ("objective/score", "objective/gold", "iteration")], axis=1)
     judges = judges[np.isfinite(judges).all(axis=1)]

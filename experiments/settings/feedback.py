@@ -41,7 +41,7 @@ class FeedbackExperiment:
         "responses 1 is scored, 2 are compared, more are ranked",
     )
     scale: int = option(5, "best score; 1 is the worst")
-    overlap: float = option(0.1, "share of the items that several annotators judge, to measure how far they agree")
+    overlap: float = option(0.0, "share of the items that several annotators judge, to measure how far they agree")
     annotators: int = option(2, "how many judge an item of that share")
     host: str = option("127.0.0.1", "address that the page is served at")
     port: int = option(8000, "port of the page; 0: any that is free")

@@ -1,6 +1,7 @@
 """Settings of the reward model."""
 
 import dataclasses
+import math
 
 from experiments.settings.machinery import check_at_least
 from experiments.settings.training import TrainingSettings
@@ -52,8 +53,10 @@ class RewardExperiment(TrainingSettings):
         check("lr_schedule", self.lr_schedule, self.lr_schedule in LR_SCHEDULES, "one of " + ", ".join(LR_SCHEDULES))
         check("heldout_frac", self.heldout_frac, 0 < self.heldout_frac < 1, "a number in (0, 1)")
         super().__post_init__()
+        needless = bool(self.reference) and not self.normalize
+        check("reference", self.reference, not needless, "nothing, with normalize=False")
         check_at_least(self, 2, "length reference_samples")
         check_at_least(self, 1, "num_epochs batch_size response_length log_every eval_every checkpoint_every")
         check_at_least(self, 0, "seed warmup_steps weight_decay center_coef")
         for name in "lr max_grad_norm".split():
-            check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+            check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")

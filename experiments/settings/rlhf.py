@@ -10,6 +10,12 @@ from ppo_jax.config import option
 from ppo_jax.errors import check
 
 FEEDBACK = ("simulated", "page")
+DECIDED = {
+    "collect": "prompts_split long_prompts prompt_length response_length temperature until_complete export",
+    "reward": "data_split length response_length",
+    "ppo": "gold",
+}
+"""Fields of the stages that follow from others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,6 @@ class RLHFExperiment:
         1.0, "of the simulated annotator's noise: it prefers a with probability sigmoid((gold(a) - gold(b)) / this)"
     )
     seed: int = option(0, "added to the seed of every stage but the corpus")
-    feedback_heldout: float = option(0.2, "share of the judged prompts held out from the reward model")
     corpus: CorpusSettings = dataclasses.field(default_factory=CorpusSettings)
     pretrain: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
     sft: SFTExperiment = dataclasses.field(default_factory=SFTExperiment)
@@ -64,10 +69,22 @@ class RLHFExperiment:
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("feedback", self.feedback, self.feedback in FEEDBACK, "one of " + ", ".join(FEEDBACK))
+        for stage, names in DECIDED.items():
+            for name in names.split():
+                value, default = getattr(getattr(self, stage), name), getattr(type(getattr(self, stage))(), name)
+                check(f"{stage}.{name}", value, value == default, f"{default!r}: the road decides it, by config.ppo")
+        for stage in ("corpus", "pretrain"):
+            value = getattr(self, stage)
+            check(stage, value, not self.model or value == type(value)(), "the defaults, next to model")
+        check("sft", self.sft, not self.model or bool(self.sft.data) or self.sft == SFTExperiment(),
+              "the defaults or sft.data, next to model")  # fmt: skip
         check_at_least(self, 2, "num_eval_prompts")
         check_at_least(self, 0, "seed")
-        check("annotator_temperature", self.annotator_temperature, self.annotator_temperature > 0, "a number above 0")
-        share = self.feedback_heldout
-        check("feedback_heldout", share, 0 < share < 1, "a number in (0, 1)")
+        check(
+            "annotator_temperature",
+            self.annotator_temperature,
+            0 < self.annotator_temperature < float("inf"),
+            "a number above 0",
+        )
         check("prompts", self.prompts, bool(self.prompts) or not self.model, "a source of prompts, next to model")
         check("gold", self.gold, bool(self.gold) or self.feedback == "page", "a judge, for a simulated annotator")

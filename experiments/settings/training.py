@@ -74,6 +74,7 @@ class PPOExperiment(TrainingSettings):
     eval_prompts: int = option(
         256, "the first so many prompts (whole batches of them) are answered before and after training, to compare"
     )
+    heldout_prompts: str = option("", "other prompts for that comparison, from a source of their own; empty: prompts")
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:

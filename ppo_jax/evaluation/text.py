@@ -117,7 +117,7 @@ def _import(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f'{what} needs the "eval" extra: pip install "ppo_jax[eval]"') from error
+        raise InputError(f'{what} needs the "eval" extra: pip install -e ".[eval]"') from error
 
 
 def _check_rows(responses: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -139,5 +139,5 @@ def _extra(module: str) -> ModuleType:
         if package == "ppo_jax":
             raise
         raise InputError(
-            f'the labelling page needs {package}, which is not installed: pip install "ppo_jax[feedback]"'
+            f'the labelling page needs {package}, which is not installed: pip install -e ".[feedback]"'
         ) from error

@@ -56,23 +56,6 @@ def simulated_score(gold: float, scale: int, rng: np.random.Generator, temperatu
     return min(scale, 1 + int(scale * share))
 
 
-def ceiling(gold_a: Sequence[float] | np.ndarray, gold_b: Sequence[float] | np.ndarray, temperature: float) -> float:
-    """The accuracy that the best judge can expect on the simulated annotator's pairs: mean of max(p, 1 - p).
-
-    Args:
-        gold_a: of the first responses `[num]`.
-        gold_b: of the second ones `[num]`.
-        temperature: of the annotator.
-
-    Returns:
-        1/2 to 1.
-    """
-    _check_temperature(temperature)
-    difference = np.abs(np.subtract(gold_a, gold_b, dtype=np.float64))
-    check("gold", difference.size, difference.size > 0, "at least one pair")
-    return float(np.mean(0.5 * (1.0 + np.tanh(0.5 * difference / temperature))))
-
-
 def annotate(store: Store, gold: HostReward, temperature: float, seed: int, annotator: str = "simulated") -> int:
     """Judges every item that still needs it and that this annotator has not judged.
 

@@ -16,5 +16,5 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise ImportError('the "vader" reward needs the "eval" extra: pip install "ppo_jax[eval]"') from error
+        raise ImportError('the "vader" reward needs the "eval" extra: pip install -e ".[eval]"') from error
     return SentimentIntensityAnalyzer()
