@@ -14,7 +14,7 @@ from ppo_jax.config import PPOConfig
 from ppo_jax.metrics import read_jsonl
 from ppo_jax.rewards import RewardError
 
-KEYS = ("base", "best_of_16", "ppo", "win_rate")
+KEYS = ("base", "best_of_16", "ppo")
 
 
 def by_loop(proxy, value, n: int) -> float:
@@ -140,10 +140,13 @@ def test_means_rows_and_samples_are_those_of_loops(evaluated):
         "gold/best_of_16_by_gold": gold.max(axis=1).mean(),
         "gold/win_rate": (sum(wins) + 0.5 * sum(ties)) / 3,
     }
-    assert results.keys() == expected.keys() | {"proxy/win_rate"}
+    rates = {f"{judge}/win_rate{end}" for judge in ("proxy", "gold") for end in ("", "_low", "_high")}
+    assert results.keys() == expected.keys() | rates
     for name, value in expected.items():
         assert results[name] == pytest.approx(value), name
-    assert 0 <= results["proxy/win_rate"] <= 1
+    for judge in ("proxy", "gold"):
+        low, rate, high = (results[f"{judge}/win_rate{end}"] for end in ("_low", "", "_high"))
+        assert 0 <= low <= rate <= high <= 1
 
     rows = read_jsonl(folder / "best_of_n.jsonl")
     assert [row["n"] for row in rows] == [1, 2, 4, 8, 16]
@@ -167,6 +170,7 @@ def test_means_rows_and_samples_are_those_of_loops(evaluated):
 
 def test_without_a_gold_there_are_no_numbers_of_it(evaluated):
     results, folder = evaluated(gold="")
+    assert not [name for name in results if name.startswith("gold/win_rate")]
     assert {name for name, value in results.items() if value is None} == {
         "gold/best_of_16_by_gold", *(f"gold/{key}" for key in KEYS)
     }  # fmt: skip

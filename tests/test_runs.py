@@ -296,5 +296,5 @@ def test_rows_that_cannot_all_be_written_leave_the_old_ones(tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_ends_a_run(loss):
     refuse_non_finite({"loss": 0.0}, "step 3", "lower config.lr")
-    with pytest.raises(RunError, match="step 3: loss: got .*, expected a finite number: lower config.lr"):
+    with pytest.raises(RunError, match=r"step 3: loss: got .*, expected a finite number: lower config.lr"):
         refuse_non_finite({"accuracy": 0.5, "loss": loss}, "step 3", "lower config.lr")
