@@ -78,7 +78,7 @@ def evaluate(folder: Path, base: str, policy: str, settings: PPOExperiment, prom
             sample |= {f"{judge}_{name}": scores and float(scores[side][i, j]) for name, (side, j) in shown.items()}
         samples.append(sample)
     write_jsonl(folder / "responses.jsonl", samples)
-    results = {"num_prompts": len(texts)}
+    results: dict[str, Any] = {"num_prompts": len(texts)}
     for name, scores in (("proxy", proxy), ("gold", gold)):
         results |= _means(name, scores, rows)
     results["gold/best_of_16_by_gold"] = gold and best_of_n(gold["base"], gold["base"], N)

@@ -88,8 +88,8 @@ class Responder:
             batch = np.resize(rows[start : start + self.batch_size], self.batch_size)
             key = jax.random.fold_in(jax.random.key(seed), jnp.int32(number))
             rollout = self._answer(self._params, Prompts(tokens[batch], mask[batch]), key)
-            answered = jax.device_get((rollout.tokens, rollout.mask))
-            texts += decode_responses(self.tokenizer, *answered, self._sampling.max_new_tokens)
+            answers, real = jax.device_get((rollout.tokens, rollout.mask))
+            texts += decode_responses(self.tokenizer, answers, real, self._sampling.max_new_tokens)
         return [texts[i * num_responses : (i + 1) * num_responses] for i in range(len(ids))]
 
     def _encode(self, prompt: Prompt, row: int) -> list[int]:

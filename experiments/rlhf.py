@@ -215,8 +215,9 @@ class Road:
         """
         if not self.gold or heldout.are_ratings:
             return None
-        texts = [(one.prompt, text) for one in heldout.judged for text in one.responses]
-        golds = call_reward(load_host_reward(self.gold), *zip(*texts, strict=True), [{} for _ in texts])
+        prompts = [one.prompt for one in heldout.judged for _ in one.responses]
+        texts = [text for one in heldout.judged for text in one.responses]
+        golds = call_reward(load_host_reward(self.gold), prompts, texts, [{} for _ in texts])
         scores = np.zeros(heldout.ranks.shape)
         scores[heldout.ranks > 0] = golds
         differences = heldout.pair_differences(scores)

@@ -112,11 +112,11 @@ def identity(inputs: Any, may_change: Collection[str] = ()) -> Any:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(path.read_text())
-        whole = all(isinstance(entry["fingerprint"], str) for entry in entries.values())
+        whole = all(isinstance(entry[name], str) for entry in entries.values() for name in ("fingerprint", "run"))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     if not whole:
-        raise InputError(f"{path}: damaged: a fingerprint is no text")
+        raise InputError(f"{path}: damaged: a fingerprint or a run is no text")
     return entries
 
 

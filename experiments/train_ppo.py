@@ -319,7 +319,7 @@ def finish(setup: Setup, state: TrainState, workdir: Path, reached: int, stopped
     return results
 
 
-def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, float], list[str]]:
+def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, Any], list[str]]:
     """Answers the evaluation prompts, with the same random numbers for every policy.
 
     Returns:

@@ -224,9 +224,9 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
     if one is other:
         return True
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
-    if None in backends:
+    if any(backend is None for backend in backends):
         return type(one) is type(other) and one.get_vocab() == other.get_vocab()
-    rules = [json.loads(backend.to_str()) for backend in backends]
+    rules = [json.loads(backend.to_str()) for backend in backends if backend is not None]
     for rule in rules:  # how batches are padded and cut is no rule of the tokens
         rule["padding"] = rule["truncation"] = None
     return rules[0] == rules[1]

@@ -139,8 +139,8 @@ def test_long_and_tied_judgements_are_left_out_whole_and_counted(tokenizer):
 
 def test_a_text_is_never_cut(tokenizer, rng):
     """Whatever the length: each judgement that is there is there whole, in its order."""
-    rows = []
-    for i in range(30):
+    rows = [pair("the cat", " sat", " was")]
+    for i in range(1, 30):
         better, worse = (" " + " ".join(rng.choice(folders.WORDS, rng.integers(1, 9))) for _ in range(2))
         rows.append(pair(f"the {folders.WORDS[i % 8]}", better, worse, float(i)))
     sizes = [3 + max(len(text.split()) for text in one.responses) + 1 for one in rows]  # BOS, prompt, response, EOS

@@ -474,6 +474,10 @@ def test_a_critic_of_another_reward_model_than_the_judge(judges):
     jax.tree.map(np.testing.assert_array_equal, critic, loaded)
     same = load_critic("reward", f"model:{judges.same}", policy, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, same, loaded)
+    # One that would read the policy's tokens as other words.
+    other = folders.word_tokenizer(reversed(folders.WORDS))
+    with pytest.raises(InputError, match=r"config.critic: got .*, expected a reward model with the policy's tokenizer"):
+        load_critic(str(judges.same), "vader", policy, other)
 
 
 def test_a_critic_that_does_not_fit_is_refused(judges, tmp_path, capsys):

@@ -120,6 +120,40 @@ def test_results_survive_as_json(tmp_path):
     assert stages.run("a", 0, [], lambda _: pytest.fail("it ran again")) == result
 
 
+def test_what_is_protected_is_not_set_aside(tmp_path):
+    """People's work: a change stops before it, and what is there stays there."""
+    workdir, ran = tmp_path / "road", []
+
+    def walk(inputs, held="3 judgements"):
+        stages = Stages(workdir)
+        stages.run("a", inputs, [], lambda folder: folder.mkdir() or {}, lambda folder: pytest.fail("it is unchanged"))
+        asked = []
+
+        def work(folder):
+            folder.mkdir(exist_ok=True)
+            ran.append(inputs)
+            return {}
+
+        stages.run("b", 0, ["a"], work, lambda folder: asked.append(folder) or held)
+        return stages, asked
+
+    assert walk(0)[1] == []  # there is nothing yet
+    stages, asked = walk(0)
+    assert (stages.walked, asked, ran) == (["a", "b"], [], [0])
+    os.rmdir(workdir / "a")
+    before = folders.contents(workdir)
+    with pytest.raises(InputError, match=rf"{workdir / 'b'}: it holds 3 judgements, made with other settings or after"):
+        walk(0)  # a is made again, and its result may be another
+    assert (workdir / "b").exists()
+    assert not (workdir / "b.old").exists()
+    assert before.keys() == folders.contents(workdir).keys()
+    with pytest.raises(InputError, match="3 judgements"):
+        walk(0)
+    assert walk(0, held="")[1] == [workdir / "b"]
+    assert ran == [0, 0]
+    assert (workdir / "b.old").exists()
+
+
 # Interruptions
 
 
@@ -222,7 +256,7 @@ def test_a_file_is_no_folder(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"\xff\xfe", b"null", b"3", b'"text"', b"[]", b'[["a", {}]]', b'{"a": 3}', b'{"a": {}}',
-     b'{"a": {"fingerprint": 3}}'],
+     b'{"a": {"fingerprint": "x"}}', b'{"a": {"fingerprint": "x", "run": 3}}'],
     ids=lambda content: content.decode(errors="replace") or "empty",
 )  # fmt: skip
 def test_a_damaged_list_of_stages_is_told(road, content):

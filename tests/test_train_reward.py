@@ -169,18 +169,18 @@ def test_results_are_what_the_saved_model_says(world, trained):
     assert right > 0.8, "it is to learn what was planted"
     assert results["accuracy_low"] < right <= results["accuracy_high"] <= 1
     assert results["heldout/accuracy"] == pytest.approx(read_jsonl(workdir / "metrics.jsonl")[-1]["heldout/accuracy"])
-    # Calibration and margins are of the scores as they were trained; their spread was another (`normalization`).
+    # Calibration is of the scores as they were trained; their spread was another (`normalization`).
     reliability, margins = results["reliability"], results["accuracy_by_margin"]
     assert sum(row["count"] for row in reliability) == sum(row["count"] for row in margins) == 20
     assert all(row.keys() == {"confidence", "accuracy", "count"} for row in reliability)
     assert all(row.keys() == {"low", "high", "accuracy", "count"} for row in margins)
     overall = sum(row["accuracy"] * row["count"] for row in margins) / 20
-    assert overall == pytest.approx(results["heldout/accuracy"])
+    assert overall == pytest.approx(right)
     gap = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in reliability) / 20
     assert results["ece"] == pytest.approx(gap)
-    # Lengths in tokens; BOS and EOS are the same for all.
+    # Lengths of the responses, in tokens.
     scores = np.concatenate([chosen, rejected])
-    lengths = [len(f"{row['prompt']}{row[side]}".split()) for side in ("chosen", "rejected") for row in rows]
+    lengths = [len(row[side].split()) for side in ("chosen", "rejected") for row in rows]
     assert results["length_correlation"]["pearson"] == pytest.approx(np.corrcoef(scores, lengths)[0, 1], abs=1e-4)
     assert results["length_correlation"]["spearman"] == pytest.approx(
         scipy.stats.spearmanr(scores, lengths).statistic, abs=1e-2
@@ -350,30 +350,35 @@ def test_without_normalisation_the_scores_stay_as_they_were_trained(world, tmp_p
 
 
 def test_statistics_are_over_all_ordered_pairs(rng):
-    """Accuracy and length of the saved scores; calibration and margins of those that were trained, the log odds."""
+    """Those of the saved scores; calibration is of those that were trained, whose differences are log odds."""
     ranks = np.array([[1, 2, 0, 0], [2, 1, 2, 0], [3, 1, 2, 4], [1, 1, 2, 2]] * 5)
     lengths = np.where(ranks > 0, rng.integers(1, 9, ranks.shape), 0)
-    mask = np.arange(8) < lengths[..., None]
-    heldout = JudgedSet(mask.astype(np.int32), mask, ranks, np.zeros(20), np.zeros(20), ("",) * 20, 0, 0)
+    tokens = np.zeros((*ranks.shape, 8), np.int32)
+    heldout = JudgedSet(
+        tokens=tokens, mask=np.broadcast_to((ranks > 0)[..., None], tokens.shape), ranks=ranks, margin=np.zeros(20),
+        scores=np.zeros(20), response_lengths=lengths, judged=(), num_long=0, num_tied=0,
+    )  # fmt: skip
     raw, scores = rng.normal(size=(2, *ranks.shape))
     results = train_reward.statistics(heldout, raw, scores)
 
-    ordered = [
-        (row, i, j) for row in range(20) for i in range(4) for j in range(4) if 0 < ranks[row, i] < ranks[row, j]
-    ]
-    assert len(ordered) == 5 * (1 + 2 + 6 + 4)
-    assert results["accuracy"] == pytest.approx(np.mean([scores[row, i] > scores[row, j] for row, i, j in ordered]))
-    odds = [raw[row, i] - raw[row, j] for row, i, j in ordered]
-    for rows, expected in (
-        (results["reliability"], [1 / (1 + math.exp(-abs(x))) for x in odds]),
-        (results["accuracy_by_margin"], np.abs(odds)),
-    ):
-        assert sum(row["count"] for row in rows) == 65
-        assert sum(row["count"] * row["accuracy"] for row in rows) == pytest.approx(np.sum(np.array(odds) > 0))
-        if "confidence" in rows[0]:
-            assert sum(row["count"] * row["confidence"] for row in rows) == pytest.approx(np.sum(expected))
-        else:
-            assert (rows[0]["low"], rows[-1]["high"]) == pytest.approx((min(expected), max(expected)))
+    def differences(of):
+        return np.array(
+            [of[row, i] - of[row, j] for row, of_row in enumerate(ranks) for i in range(4) for j in range(4)
+             if 0 < of_row[i] < of_row[j]]
+        )  # fmt: skip
+
+    right, odds = differences(scores) > 0, differences(raw)
+    assert len(right) == 5 * (1 + 2 + 6 + 4)
+    assert results["accuracy"] == pytest.approx(np.mean(right))
+    assert results["accuracy_low"] < np.mean(right) < results["accuracy_high"]
+    reliability, margins = results["reliability"], results["accuracy_by_margin"]
+    assert sum(row["count"] for row in reliability) == sum(row["count"] for row in margins) == len(right)
+    assert sum(row["count"] * row["accuracy"] for row in margins) == pytest.approx(np.sum(right))
+    assert sum(row["count"] * row["accuracy"] for row in reliability) == pytest.approx(np.sum(odds > 0))
+    confidence = sum(row["count"] * row["confidence"] for row in reliability)
+    assert confidence == pytest.approx(np.sum(1 / (1 + np.exp(-np.abs(odds)))))
+    sizes = np.abs(differences(scores))
+    assert (margins[0]["low"], margins[-1]["high"]) == pytest.approx((sizes.min(), sizes.max()))
     present = ranks > 0
     correlation = np.corrcoef(scores[present], lengths[present])[0, 1]
     assert results["length_correlation"]["pearson"] == pytest.approx(correlation)
@@ -442,7 +447,8 @@ def test_given_held_out_judgements_are_those(world, tmp_path, rng):
     data = str(folders.write_jsonl(tmp_path / "heldout.jsonl", data_of(rng, "rankings")))
     train, heldout = loaded(world, heldout=data)
     assert len(train.tokens) == 80
-    assert heldout.tokens.shape == (40, 4, 16)
+    assert heldout.ranks.shape == (40, 4)
+    assert len(heldout.prompts) == 40
 
 
 def test_chats_go_through_the_template(world, tmp_path):
@@ -502,6 +508,13 @@ REFUSED = {
     "held out of another kind": (
         lambda root: [f"--config.heldout={rows_file(root, RATING)}"],
         "expected judgements of the same kind as config.data",
+    ),
+    "a center of scores": (
+        lambda root: [
+            f"--config.data={rows_file(root, *[RATING | {'prompt': word} for word in folders.WORDS])}",
+            "--config.center_coef=0.1",
+        ],
+        "config.center_coef: got 0.1, expected 0 with scores",
     ),
     "no held-out file": (lambda root: ["--config.heldout=nothing.jsonl"], "nothing.jsonl: no such file"),
     "positions": (lambda root: ["--config.length=33"], "config.length: got 33, expected at most the model's 32"),

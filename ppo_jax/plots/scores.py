@@ -205,8 +205,8 @@ def _draw_best_of_n(axes: Axes, points: np.ndarray) -> None:
     label = "best of n of the base policy" if len(points) else None
     axes.plot(kl, score, color=GREEN, linewidth=1.4, marker="s", markersize=4.5, label=label)
     place = {"xytext": (-5, 3), "textcoords": "offset points", "ha": "right"}
-    for n, *point in points.tolist():
-        axes.annotate(f"{n:g}", point, fontsize=SMALL, color=GREEN, **place)
+    for n, x, y in points.tolist():
+        axes.annotate(f"{n:g}", (x, y), fontsize=SMALL, color=GREEN, **place)
 
 
 def _scale(axes: Axes, sqrt: bool, kl_limit: float) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ HOST_REWARDS: dict[str, HostReward] = {"vader": vader}
 class Judge(NamedTuple):
     """What gives scores: a function on the host, or one in the program with its parameters. One of the two is None."""
 
-    host: HostReward | None
+    host: Any  # a HostReward
     score: Callable[[Params, Rollout], jax.Array] | None = None
     params: Params = ()
 
