@@ -55,7 +55,7 @@ from ppo_jax.sharding import Shardings, make_mesh, make_shardings
 from ppo_jax.tokenizers import check_vocabulary, decode_responses, load_tokenizer, special_tokens
 from ppo_jax.types import Params, Prompts, Rollout, TrainState
 
-MAY_CHANGE = ("checkpoint_every", "checkpoints_to_keep", "samples_every", "num_samples", "eval_prompts", "trackers")
+MAY_CHANGE = tuple("gold checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts trackers".split())
 """Fields that a restart may change: they do not touch the training. So may `num_iterations` under a constant rate."""
 
 

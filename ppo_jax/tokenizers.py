@@ -101,11 +101,14 @@ def check_vocabulary(special: SpecialTokens, tokens: np.ndarray, vocab_size: int
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     """Token ids of a prompt: text with the tokenizer's own special tokens, or chat messages through its template.
 
+    A text that begins with BOS, as one that a chat template has rendered may, gets no second one.
+
     Raises:
         TokenizerError: chat messages for a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        ids = _encode(tokenizer, prompt, special=True)
+        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = _encode(tokenizer, prompt, special=not has_bos)
         # Some tokenizers append EOS to everything; a prompt that ends with it has no response.
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
     return _encode(tokenizer, render_chat(tokenizer, prompt), special=False)
@@ -210,12 +213,8 @@ def render_chat(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, prompt: str, response: str) -> list[int]:
-    """Token ids of a prompt with its response, and EOS: what a reward model reads.
-
-    A prompt that a chat template has begun with BOS gets no second one.
-    """
-    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    pieces = encode_pieces(tokenizer, [prompt, response] if prompt else [response], is_chat=has_bos)
+    """Token ids of a prompt with its response, and EOS: what a reward model reads."""
+    pieces = encode_pieces(tokenizer, [prompt, response] if prompt else [response], is_chat=False)
     return [*(token for piece in pieces for token in piece), special.eos_ids[0]]
 
 
