@@ -225,7 +225,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
     keep = max(settings.checkpoints_to_keep, 2 if settings.kl_limit else 1)  # one above the limit and one below
     total = settings.num_iterations
-    checkpoints, state = resume(workdir, dataclasses.asdict(settings), may_change, setup.state, total, keep)
+    config = dataclasses.asdict(settings)
+    checkpoints, state = resume(workdir, config, may_change, setup.state, total, keep, "config.num_iterations")
     done = int(state.step)
     if (saved := finished(workdir, done, total)) is not None:
         return saved
@@ -233,7 +234,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         checkpoints.save(state)  # to go back to
     truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
     trackers = tracker_names(settings.trackers)
-    writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=done)
+    writers = make_writers(workdir, trackers, config, workdir.name, start_step=done)
     stopped = False
     with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
         announce(setup, reporter, done)
@@ -348,7 +349,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, Any], list[str]
     mean = {
         name.removeprefix("objective/"): float(np.mean([row[name] for row in all_metrics])) for name in all_metrics[0]
     }
-    return {
+    gold = {"gold": float(np.mean(all_gold))} if all_gold else {}
+    return gold | {
         "score": float(scores.mean()),
         "score_std": float(scores.std()),
         "score_se": float(scores.std() / len(scores) ** 0.5),
@@ -357,7 +359,6 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[dict[str, Any], list[str]
         "length": mean["length"],
         "eos_frac": mean["eos_frac"],
         "num_responses": len(scores),
-        "gold": float(np.mean(all_gold)) if all_gold else None,
     }, answers
 
 

@@ -180,7 +180,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     settings, total = setup.settings, setup.settings.num_steps
     may_change = (*MAY_CHANGE, "num_steps") if settings.lr_schedule == "constant" else MAY_CHANGE
     config = dataclasses.asdict(settings)
-    checkpoints, state = resume(workdir, config, may_change, setup.state, total, settings.checkpoints_to_keep)
+    keep = settings.checkpoints_to_keep
+    checkpoints, state = resume(workdir, config, may_change, setup.state, total, keep, "config.num_steps")
     done = int(state.step)
     if (saved := finished(workdir, done, total)) is not None:
         return saved

@@ -65,7 +65,13 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
 
 
 def resume(
-    workdir: Path, config: dict[str, Any], may_change: Collection[str], fresh: TrainState, total: int, max_to_keep: int
+    workdir: Path,
+    config: dict[str, Any],
+    may_change: Collection[str],
+    fresh: TrainState,
+    total: int,
+    max_to_keep: int,
+    setting: str = "number of steps",
 ) -> tuple[Checkpointer, TrainState]:
     """Opens the folder of a training run: its configuration, its checkpoints, and the state to go on with.
 
@@ -76,6 +82,7 @@ def resume(
         fresh: the state before the first step; its memory is given back when a checkpoint replaces it.
         total: steps that the run is to have.
         max_to_keep: newest checkpoints that stay.
+        setting: what `total` is called where the user sets it.
 
     Returns:
         (the checkpoints, the newest saved state or else `fresh`).
@@ -88,7 +95,7 @@ def resume(
     checkpoints = Checkpointer(workdir / "checkpoints", max_to_keep)
     done = checkpoints.latest_step() or 0
     if total < done:
-        raise RunError(f"number of steps: got {total}, expected at least the {done} that {workdir} has")
+        raise RunError(f"{setting}: got {total}, expected at least the {done} that {workdir} has")
     write_json(workdir / "config.json", config)
     if not done:
         return checkpoints, fresh

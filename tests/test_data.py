@@ -118,7 +118,7 @@ def test_a_dataset_is_opened_by_its_name_or_folder_and_split(tmp_path, monkeypat
         assert load_rows(name, "dev") == [{"name": name, "split": "dev"}]
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in ("org/name", str(tmp_path)):
-        with pytest.raises(DataError, match=r'need the "data" extra: pip install "ppo_jax\[data\]"') as error:
+        with pytest.raises(DataError, match=r'need the "data" extra: pip install -e "\.\[data\]"') as error:
             load_rows(name)
         assert name in one_line(error)
 
@@ -211,7 +211,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path, rng):
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r'need the "data" extra: pip install "ppo_jax\[data\]"') as error:
+    with pytest.raises(DataError, match=r'need the "data" extra: pip install -e "\.\[data\]"') as error:
         load_rows(str(tmp_path / "rows.parquet"))
     one_line(error)
 

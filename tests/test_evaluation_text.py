@@ -205,5 +205,5 @@ def test_a_tokenizer_that_is_missing_is_told(monkeypatch):
 def test_a_package_that_is_missing_is_told_with_its_extra(measure, package, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r'^(BLEU|ROUGE) needs the "eval" extra: pip install "ppo_jax\[eval\]"$'):
+    with pytest.raises(InputError, match=r'^(BLEU|ROUGE) needs the "eval" extra: pip install -e "\.\[eval\]"$'):
         measure(["a"], [["a"]])

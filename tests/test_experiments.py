@@ -407,7 +407,7 @@ def test_a_broken_iteration_ends_the_run_before_it_is_saved(world, tmp_path, sta
 
     monkeypatch.setattr(train_ppo, "iterate", iterate)
     error = start(*world.flags(f"--workdir={tmp_path / 'run'}", "--config.checkpoint_every=1")).error()
-    assert "policy/loss, optim/grad_norm: not a finite number" in error
+    assert "iteration 0: policy/loss: got nan, optim/grad_norm: got inf, expected a finite number" in error
     assert "objective" not in error
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
     assert not (tmp_path / "run" / "policy").exists()

@@ -402,7 +402,7 @@ def test_ppo_against_a_reward_model_in_the_program_and_a_gold_that_only_looks_on
     results = [json.loads((folder / "results.json").read_text()) for folder in (alone, watched)]
     answers = read_jsonl(watched / "responses.jsonl")
     for when in ("before", "after"):
-        assert results[0][when]["gold"] is None
+        assert "gold" not in results[0][when]
         said = [sum(word in folders.GOOD for word in row[when].split()) / 4 for row in answers]
         assert results[1][when]["gold"] == pytest.approx(np.mean(said))
     assert "gold" not in (alone / "results.md").read_text()

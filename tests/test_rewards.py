@@ -235,7 +235,7 @@ def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, tokenizer)
     sentiment._analyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(InputError, match=r'config\.reward: .*pip install "ppo_jax\[eval\]"'):
+    with pytest.raises(InputError, match=r'config\.reward: .*pip install -e "\.\[eval\]"'):
         load_reward("vader", tokenizer)
     sentiment._analyzer.cache_clear()
 
