@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import rlhf
-from experiments.settings import RLHFExperiment
+from experiments.settings import PPOExperiment, RLHFExperiment, SFTExperiment
 from ppo_jax.feedback.store import Store
 from ppo_jax.metrics import read_jsonl
 
@@ -182,3 +182,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     error = folders.call_script(rlhf, RLHFExperiment, flags(tmp_path), capsys).error()
     assert "stages.json" in error
     assert (tmp_path / "letters.txt").read_text() == "Dear Ada,"
+
+
+def test_one_seed_for_all_stages_that_are_walked():
+    """Next to a model the settings of the others stay the defaults, which they have to be."""
+    ppo = PPOExperiment(seed=10)
+    whole = RLHFExperiment(seed=3, ppo=ppo).seeded()
+    assert [getattr(whole, name).seed for name in ("pretrain", "sft", "collect", "reward", "ppo")] == [3, 3, 3, 3, 13]
+    tuned = RLHFExperiment(model="m", prompts="p", seed=3, ppo=ppo).seeded()
+    assert [getattr(tuned, name).seed for name in ("pretrain", "sft", "collect", "reward", "ppo")] == [0, 0, 3, 3, 13]
+    assert RLHFExperiment(model="m", prompts="p", seed=3, sft=SFTExperiment(data="d")).seeded().sft.seed == 3

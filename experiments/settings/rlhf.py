@@ -61,8 +61,10 @@ class RLHFExperiment:
     ppo: PPOExperiment = dataclasses.field(default_factory=PPOExperiment)
 
     def seeded(self) -> "RLHFExperiment":
-        """The same with `seed` added to the stages' own."""
-        stages = {name: getattr(self, name) for name in ("pretrain", "sft", "collect", "reward", "ppo")}
+        """The same with `seed` added to that of every stage that is walked."""
+        names = ["collect", "reward", "ppo"] + ["pretrain"] * (not self.model)
+        names += ["sft"] * (not self.model or bool(self.sft.data))
+        stages = {name: getattr(self, name) for name in names}
         added = {name: dataclasses.replace(stage, seed=stage.seed + self.seed) for name, stage in stages.items()}
         return dataclasses.replace(self, seed=0, **added)
 
