@@ -364,7 +364,7 @@ def test_a_prompt_fits_every_policy():
 class LetterTokenizer:
     """One token a letter."""
 
-    eos_token_id = None
+    bos_token = eos_token_id = None
 
     def __call__(self, text, **_):
         return {"input_ids": [ord(letter) for letter in text]}
