@@ -99,6 +99,7 @@ class Person:
 
     def __init__(self, browser, server, name, **options):
         self.server, self.problems = server, []
+        self.has_keys = options.get("java_script_enabled", True)
         self.page: Page = browser.new_context(**options).new_page()
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: self.problems.append(dialog.message))
@@ -114,6 +115,8 @@ class Person:
     def sees(self, number: int) -> list[int]:
         """Waits for an item; the places of its responses, in the order of the file."""
         expect(self.page.locator(".prompt .text")).to_have_text(f"prompt {number}")
+        if self.has_keys:  # the text stands there before the script hears keys
+            expect(self.page.locator("html")).to_have_class(re.compile("keys"))
         shown = self.page.locator(".responses .text").all_text_contents()
         return [shown.index(text) + 1 for text in make_rows()[number]["completions"]]
 

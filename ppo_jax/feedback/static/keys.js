@@ -1,8 +1,6 @@
 // The keys of the labelling page, and nothing else: every page works without this file.
 "use strict";
 
-document.documentElement.classList.add("keys"); // shows which key does what
-
 const selects = [...document.querySelectorAll("select")]; // one for each response that is to be ranked
 const output = document.getElementById("next");
 let tied = false;
@@ -57,3 +55,5 @@ document.addEventListener("keydown", (event) => {
   }
   event.preventDefault();
 });
+
+document.documentElement.classList.add("keys"); // shows which key does what
