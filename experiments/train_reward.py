@@ -154,10 +154,9 @@ def score_judged(setup: Setup, params: Params, judged: JudgedSet) -> np.ndarray:
     return read_texts(setup, setup.step.score, params, *flat).reshape(num, most)
 
 
-def heldout_metrics(setup: Setup, params: Params) -> dict[str, float]:
-    """Loss of the held-out judgements, and accuracy (or rmse, for ratings)."""
-    heldout = setup.heldout
-    scores = jnp.asarray(score_judged(setup, params, heldout))
+def heldout_metrics(heldout: JudgedSet, scores: np.ndarray) -> dict[str, float]:
+    """Loss of the held-out judgements under their scores `[num, C]`, and accuracy (or rmse, for ratings)."""
+    scores = jnp.asarray(scores)
     if heldout.are_ratings:
         loss, metrics = rating_loss(scores[:, 0], jnp.asarray(heldout.scores))
     else:
@@ -244,7 +243,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 refuse_non_finite(row, f"step {number}", "lower config.lr")
                 began = time.perf_counter(), done
             if done == total or done % settings.eval_every == 0:
-                row |= heldout_metrics(setup, state.params)
+                row |= heldout_metrics(setup.heldout, score_judged(setup, state.params, setup.heldout))
             if row:
                 writers.write(number, row)
                 reporter.update(number, row)
@@ -267,15 +266,15 @@ def announce(setup: Setup, reporter: Reporter, start: int) -> None:
 
 def finish(setup: Setup, state: TrainState, workdir: Path, samples: Any) -> dict[str, Any]:
     """Measures the model on what was held out, normalises it, and writes it as a folder."""
-    params, special = state.params, setup.special
-    results: dict[str, Any] = {"steps": int(state.step)} | heldout_metrics(setup, params)
-    raw = score_judged(setup, params, setup.heldout)
+    params, special, heldout = state.params, setup.special, setup.heldout
+    raw = scores = score_judged(setup, params, heldout)
     normalization = None
     if samples is not None:
         params, after = normalize(setup, params, samples)
         normalization = {"before": json.loads((workdir / "normalization.json").read_text()), "after": after}
-    scores = score_judged(setup, params, setup.heldout)
-    results |= statistics(setup.heldout, raw, scores) | {"normalization": normalization}
+        scores = score_judged(setup, params, heldout)
+    results: dict[str, Any] = {"steps": int(state.step)} | heldout_metrics(heldout, raw)
+    results |= statistics(heldout, raw, scores) | {"normalization": normalization}
     hub.save_reward_model(
         workdir / "model",
         jax.device_get(params),
