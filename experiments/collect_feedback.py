@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import cli
-from experiments.prompts import fit
-from experiments.responses import Prompt, Responder
+from experiments.prompts import fitted
+from experiments.responses import Prompt, Responder, options_of
 from experiments.settings import FeedbackExperiment
 from experiments.settings.feedback import export_names
-from ppo_jax.data import DataError, load_rows, take_prompt, told_at
+from ppo_jax.data import DataError, load_rows
 from ppo_jax.errors import InputError, check
 from ppo_jax.feedback.formats import import_rows, write_export
 from ppo_jax.feedback.page import check_installed, serve
@@ -87,16 +87,7 @@ def prepare(settings: FeedbackExperiment) -> Inputs:
         read_judged(settings.judged)
     if not settings.model:
         return Inputs(given, None, [], [])
-    responder = Responder(
-        settings.model,
-        settings.prompt_length,
-        settings.response_length,
-        temperature=settings.temperature,
-        batch_size=settings.batch_size,
-        dtype=settings.dtype,
-        pad_token=settings.pad_token,
-        eos_token=settings.eos_token,
-    )
+    responder = Responder(settings.model, **options_of(settings))
     return Inputs(given, responder, *read_prompts(settings, responder))
 
 
@@ -175,17 +166,14 @@ def read_prompts(settings: FeedbackExperiment, responder: Responder) -> tuple[li
     """The prompts that fit, as the model gets them and as people read them."""
     prompts: list[Prompt] = []
     dropped = 0
-    for number, row in enumerate(load_rows(settings.prompts, settings.prompts_split), start=1):
-        if settings.num_prompts and len(prompts) == settings.num_prompts:
-            break
-        where = f"{settings.prompts}: row {number}"
-        whole, _ = take_prompt(row, where)
-        with told_at(where):
-            prompt = fit(whole, [responder.tokenizer], settings.prompt_length, settings.long_prompts)
-        if prompt is None:
+    how = (settings.prompts_split, [responder.tokenizer], settings.prompt_length, settings.long_prompts)
+    for asked in fitted(settings.prompts, *how):
+        if asked.prompt is None:
             dropped += 1
         else:
-            prompts.append(prompt)
+            prompts.append(asked.prompt)
+        if len(prompts) == settings.num_prompts:
+            break
     expected = f"at least one of at most {settings.prompt_length} tokens ({dropped} are longer); config.long_prompts"
     check(f"{settings.prompts}: prompts", len(prompts), bool(prompts), expected)
     texts = [p if isinstance(p, str) else render_chat(responder.tokenizer, p) for p in prompts]

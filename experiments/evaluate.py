@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments import cli
 from experiments.prompts import Data, read_data
-from experiments.responses import Responder
+from experiments.responses import Responder, options_of
 from experiments.settings import EvaluateExperiment
 from experiments.settings.evaluation import PAGE, REFERENCES
 from ppo_jax import hub
@@ -86,16 +86,7 @@ def evaluate(settings: EvaluateExperiment, workdir: Path) -> dict[str, Any]:
 
 def make_responder(settings: EvaluateExperiment, model: str) -> Responder:
     """A policy, ready to answer."""
-    return Responder(
-        model,
-        settings.prompt_length,
-        settings.response_length,
-        temperature=settings.temperature,
-        batch_size=settings.batch_size,
-        dtype=settings.dtype,
-        pad_token=settings.pad_token,
-        eos_token=settings.eos_token,
-    )
+    return Responder(model, **options_of(settings))
 
 
 def sample(settings: EvaluateExperiment, data: Data, responders: Sequence[Responder]) -> Answers:

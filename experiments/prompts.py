@@ -1,6 +1,6 @@
 """Prompts for policies with tokenizers of their own, as texts and conversations, and what people answered to them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -31,27 +31,51 @@ def read_data(settings: EvaluateExperiment, tokenizers: Sequence[PreTrainedToken
             needed, in none; a package is missing that compares with them.
     """
     data, dropped, cut = Data([], [], [], []), 0, 0
-    for number, row in enumerate(load_rows(settings.prompts, settings.prompts_split), start=1):
-        if settings.num_prompts and len(data.prompts) == settings.num_prompts:
-            break
-        where = f"{settings.prompts}: row {number}"
-        whole, columns = take_prompt(row, where)
-        with told_at(where):
-            prompt = fit(whole, tokenizers, settings.prompt_length, settings.long_prompts)
-            if prompt is None:
-                dropped += 1
-                continue
-            text = prompt if isinstance(prompt, str) else render_chat(tokenizers[0], prompt)
-        cut += prompt != whole
-        data.prompts.append(prompt)
+    how = (settings.prompts_split, tokenizers, settings.prompt_length, settings.long_prompts)
+    for asked in fitted(settings.prompts, *how):
+        if asked.prompt is None:
+            dropped += 1
+            continue
+        with told_at(asked.where):
+            text = asked.prompt if isinstance(asked.prompt, str) else render_chat(tokenizers[0], asked.prompt)
+        cut += asked.prompt != asked.whole
+        data.prompts.append(asked.prompt)
         data.texts.append(text)
-        data.columns.append(columns)
-        data.references.append(references_of(row, where))
+        data.columns.append(asked.columns)
+        data.references.append(references_of(asked.row, asked.where))
+        if len(data.prompts) == settings.num_prompts:
+            break
     source, limit = settings.prompts, settings.prompt_length
     told = f"at least 2 of at most {limit} tokens ({dropped} are longer); config.prompt_length and config.long_prompts"
     check(f"{source}: prompts", len(data.prompts), len(data.prompts) >= 2, told)
     print(f"prompts: {len(data.prompts):,} of at most {limit} tokens ({dropped} dropped, {cut} cut)", flush=True)
     return data._replace(references=check_references(settings, data.references))
+
+
+class Asked(NamedTuple):
+    """A row of a source of prompts."""
+
+    where: str  # for messages
+    row: dict[str, Any]
+    columns: dict[str, Any]  # without the prompt's
+    whole: Prompt
+    prompt: Prompt | None  # as much of it as is used; None: it is too long, and left out
+
+
+def fitted(
+    source: str, split: str, tokenizers: Sequence[PreTrainedTokenizerBase], length: int, long_prompts: str
+) -> Iterator[Asked]:
+    """The prompts of a source, each with what of it fits; see `fit`.
+
+    Raises:
+        InputError: a row that cannot be used, by its number.
+    """
+    for number, row in enumerate(load_rows(source, split), start=1):
+        where = f"{source}: row {number}"
+        whole, columns = take_prompt(row, where)
+        with told_at(where):
+            prompt = fit(whole, tokenizers, length, long_prompts)
+        yield Asked(where, row, columns, whole, prompt)
 
 
 def fit(prompt: Prompt, tokenizers: Sequence[PreTrainedTokenizerBase], length: int, long_prompts: str) -> Prompt | None:

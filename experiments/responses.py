@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.settings import EvaluateExperiment, FeedbackExperiment
 from ppo_jax import hub
 from ppo_jax.data import pad
 from ppo_jax.errors import check
@@ -96,3 +97,9 @@ class Responder:
         ids = encode_prompt(self.tokenizer, prompt)
         check(f"prompt {row}: tokens", len(ids), 1 <= len(ids) <= self.prompt_length, f"1 to {self.prompt_length}")
         return ids
+
+
+def options_of(settings: FeedbackExperiment | EvaluateExperiment) -> dict[str, Any]:
+    """The arguments of a `Responder`, beside the model, that the settings of a script have."""
+    names = "prompt_length response_length temperature batch_size dtype pad_token eos_token"
+    return {name: getattr(settings, name) for name in names.split()}

@@ -20,13 +20,12 @@ import numpy as np
 
 from experiments import best_of_n, cli, collect_feedback, train_ppo, train_reward, train_sft
 from experiments.corpus import train_tokenizer, write_corpus
-from experiments.prompts import fit
+from experiments.prompts import fitted
 from experiments.report import write_report
 from experiments.settings import PPOExperiment, RLHFExperiment, SFTExperiment
 from experiments.stages import Stages, identity
 from ppo_jax import hub
 from ppo_jax.comparisons import JudgedSet
-from ppo_jax.data import load_rows, take_prompt, told_at
 from ppo_jax.errors import InputError, check
 from ppo_jax.evaluation import pair_accuracy
 from ppo_jax.feedback.agreement import agreement
@@ -107,12 +106,10 @@ class Road:
 
         def work(folder: Path) -> dict[str, Any]:
             tokenizer, kept = load_tokenizer(hub.resolve(words)), {}
-            rows = load_rows(source, ppo.prompts_split)
-            for number, row in enumerate(rows, start=1):
-                with told_at(where := f"{source}: row {number}"):
-                    whole, columns = take_prompt(row, where)
-                    if (prompt := fit(whole, [tokenizer], *how)) is not None:
-                        kept.setdefault(json.dumps(prompt), columns | {"prompt": prompt})
+            rows = list(fitted(source, ppo.prompts_split, [tokenizer], *how))
+            for asked in rows:
+                if asked.prompt is not None:
+                    kept.setdefault(json.dumps(asked.prompt), asked.columns | {"prompt": asked.prompt})
             texts = [list(kept.values())[i] for i in np.random.default_rng(ppo.seed).permutation(len(kept))]
             cut = len(texts) - settings.num_eval_prompts
             check("config.num_eval_prompts", settings.num_eval_prompts, cut >= 2,
