@@ -10,6 +10,8 @@ PYTEST_WORKERS ?= auto
 # where the default one for Linux brings CUDA, several GB.
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+# What peft needs beside these, transformers or torch has brought.
+PEFT ?= peft==0.21.2 accelerate==1.15.0 psutil==7.2.2
 SETUP = VENV=$(VENV) scripts/setup.sh
 PYTEST = $(PY) -m pytest --maxprocesses=8
 
@@ -30,9 +32,10 @@ test:  ## run the tests, without torch (PYTEST_ARGS=...)
 	$(PYTEST) -n $(PYTEST_WORKERS) --ignore=tests/parity --ignore=tests/browser $(PYTEST_ARGS)
 
 # By pip, not by uv: where an index serves both the CUDA and the CPU build, pip takes the one that its configuration names.
-test-parity:  ## compare with torch, live; installs torch (TORCH_ARGS=...)
+test-parity:  ## compare with torch and peft, live; installs both (TORCH_ARGS=...)
 	@$(SETUP) test
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $(TORCH_ARGS)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(PEFT)
 	$(PYTEST) -n $(PYTEST_WORKERS) tests/parity $(PYTEST_ARGS)
 
 test-browser:  ## label in a real browser; installs chromium where it may (PYTEST_ARGS=...)

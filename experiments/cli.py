@@ -1,6 +1,7 @@
 """What every experiment script does before its work: read flags and configuration, and report mistakes in one line."""
 
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,9 +64,10 @@ def _parse(argv: list[str]) -> ml_collections.ConfigDict:
     try:
         rest = flags.FLAGS(argv)
     except AttributeError as error:  # ml_collections: a field that does not exist, with its suggestion
-        name, *suggestion = str(error).replace("\\n", " ").replace("\\", "").strip("'").split()
-        name = name.strip("'")
-        raise InputError(f"--config: no such field: {name}. {' '.join(suggestion)}") from error
+        told = " ".join(str(error).replace("\\n", " ").replace("\\", "").strip("'").split())
+        fields = re.sub(r'^Key "([^"]*)" does not exist.*Other fields present: .*\}"', r"\1.", told)  # all of them
+        name, _, suggestion = fields.partition(" ")
+        raise InputError(f"--config: no such field: {name.strip(chr(39)).rstrip('.')}. {suggestion}") from error
     except Exception as error:  # a wrong flag, or whatever the configuration file raises
         raise InputError(f"{type(error).__name__}: {_last_line(error)}") from error
     if len(rest) > 1:

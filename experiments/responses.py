@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.settings import EvaluateExperiment, FeedbackExperiment
+from experiments.settings import FeedbackExperiment
+from experiments.settings.evaluation import AskingSettings
 from ppo_jax import hub
 from ppo_jax.data import pad
 from ppo_jax.errors import check
@@ -99,7 +100,7 @@ class Responder:
         return ids
 
 
-def options_of(settings: FeedbackExperiment | EvaluateExperiment) -> dict[str, Any]:
+def options_of(settings: FeedbackExperiment | AskingSettings) -> dict[str, Any]:
     """The arguments of a `Responder`, beside the model, that the settings of a script have."""
     names = "prompt_length response_length temperature batch_size dtype pad_token eos_token"
     return {name: getattr(settings, name) for name in names.split()}

@@ -15,6 +15,7 @@ ROWS = (
     ("score_std", "its standard deviation", ".3f"),
     ("gold", "gold: mean score of the judge that only looks on", ".3f"),
     ("kl", "KL to the reference, nats a sequence", ".2f"),
+    ("kl_exact", "the same over the whole vocabulary", ".2f"),
     ("ref_perplexity", "perplexity under the reference, a token", ".2f"),
     ("length", "mean length, tokens", ".1f"),
     ("eos_frac", "share that ended with EOS", ".2f"),

@@ -66,19 +66,19 @@ class Checkpointer:
 
 def free(state: TrainState) -> None:
     """Gives the memory of a state back that a restored one replaces."""
-    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema_params, state.pending)):
         leaf.delete()
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
-    fields = {name: getattr(state, name) for name in ("step", "params", "opt_state", "kl_coef")}
+    fields = {name: value for name, value in vars(state).items() if name != "key" and jax.tree.leaves(value)}
     return fields | {"key_data": jax.random.key_data(state.key)}
 
 
 def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
     fields = dict(tree)
     key = jax.random.wrap_key_data(fields.pop("key_data"), impl=jax.random.key_impl(like.key))
-    return TrainState(key=jax.device_put(key, like.key.sharding), **fields)
+    return like.replace(key=jax.device_put(key, like.key.sharding), **fields)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Masked statistics, and log-probabilities that never hold a `[B, R, V]` array."""
+"""Masked statistics; and log-probabilities, entropy and divergence that never hold a `[B, R, V]` array."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -32,6 +33,21 @@ def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
 def masked_std(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Population standard deviation of `x` where `mask` is True; `[]`."""
     return jnp.sqrt(masked_var(x, mask))
+
+
+def standard_error(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Standard error of `masked_mean(x, mask)`: sqrt(sum (x - mean)^2 / (n (n - 1))); 0 of fewer than two numbers.
+
+    It takes the numbers for independent: of tokens, which are not, it says too little.
+
+    Args:
+        x: any shape, any unit.
+        mask: the shape of `x`, bool.
+
+    Returns:
+        In the unit of `x`, `[]`.
+    """
+    return jnp.sqrt(masked_var(x, mask) / jnp.maximum(jnp.sum(mask) - 1, 1))
 
 
 def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: float = 1e-8) -> jax.Array:
@@ -87,6 +103,32 @@ def logprobs_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Arra
     return chosen - normalizer, normalizer - mean_logit
 
 
+def kl_divergence(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+    """KL(policy || reference) over the whole vocabulary, in float32.
+
+    sum_v p_v log(p_v / q_v), which is summed as sum_v (q_v - p_v - p_v log(q_v / p_v)): no term is negative, and near
+    p = q none is lost in the rounding of the others.
+
+    Args:
+        logits: `[..., V]` of the policy, any float type; -inf forbids a token.
+        ref_logits: `[..., V]` of the reference; nothing is learned through it.
+
+    Returns:
+        `[...]` float32 nats, >= 0; infinite if the reference forbids a token that the policy allows.
+    """
+    chex.assert_equal_shape([logits, ref_logits])
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    ref_logprobs = jax.lax.stop_gradient(jax.nn.log_softmax(ref_logits.astype(jnp.float32)))
+    probs = jnp.exp(logprobs)
+    # A token that the policy forbids has p log(p / q) = 0, and must not become NaN.
+    log_ratio = jnp.where(jnp.isneginf(logprobs), 0.0, logprobs - ref_logprobs)
+    near = (jnp.abs(log_ratio) < 1.0) & ~jnp.isneginf(logprobs)
+    # In the other branch of each `where`, a number whose exp, and whose gradient, is finite.
+    small = jnp.where(near, log_ratio, 0.0)
+    terms = jnp.where(near, probs * (jnp.expm1(-small) + small), jnp.exp(ref_logprobs) - probs + probs * log_ratio)
+    return jnp.sum(terms, axis=-1)
+
+
 def chunked_logprobs_and_entropy(
     logits_fn: Callable[[jax.Array, jax.Array], jax.Array],
     hidden: jax.Array,
@@ -109,21 +151,59 @@ def chunked_logprobs_and_entropy(
         (logprobs, entropy), each `[B, R]` float32, in nats.
     """
     chex.assert_rank([hidden, tokens], [3, 2])
-    chex.assert_equal_shape_prefix([hidden, tokens], 2)
-    batch, length, width = hidden.shape
+
+    def block(positions: jax.Array, hidden: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return logprobs_and_entropy(logits_fn(hidden, positions), tokens)
+
+    return _by_chunk(block, (hidden, tokens), chunk_size)
+
+
+def chunked_kl(
+    logits_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    ref_logits_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    hidden: jax.Array,
+    ref_hidden: jax.Array,
+    chunk_size: int = 16,
+) -> jax.Array:
+    """`kl_divergence` of two vocabulary projections, computed `chunk_size` positions at a time.
+
+    Neither the forward nor the backward pass holds more than one `[B, chunk_size, V]` block of each's logits.
+
+    Args:
+        logits_fn: the policy's, as in `chunked_logprobs_and_entropy`.
+        ref_logits_fn: the reference's; nothing is learned through it.
+        hidden: `[B, R, D]`, the policy's state from which response token t is predicted.
+        ref_hidden: `[B, R, D']`, the reference's.
+        chunk_size: positions per block, at least 1.
+
+    Returns:
+        KL(policy || reference) at each position, `[B, R]` float32 nats.
+    """
+    chex.assert_rank([hidden, ref_hidden], 3)
+
+    def block(positions: jax.Array, hidden: jax.Array, ref_hidden: jax.Array) -> jax.Array:
+        return kl_divergence(logits_fn(hidden, positions), ref_logits_fn(ref_hidden, positions))
+
+    return _by_chunk(block, (hidden, ref_hidden), chunk_size)
+
+
+def _by_chunk(block: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk_size: int) -> Any:
+    """`block(positions [C], *arrays [B, C, ...])` to arrays `[B, C]`, over `[B, R, ...]`, C positions at a time."""
+    chex.assert_equal_shape_prefix(arrays, 2)
+    batch, length = arrays[0].shape[:2]
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     chunk_size = -(-length // num_chunks)  # as even as can be: what fills the last chunk is computed for nothing
     padding = num_chunks * chunk_size - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, num_chunks, chunk_size, width)
-    tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(batch, num_chunks, chunk_size)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, num_chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def block(_: None, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        block_hidden, block_tokens, positions = chunk
-        return None, logprobs_and_entropy(logits_fn(block_hidden, positions), block_tokens)
+    def step(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
+        return None, block(*chunk)
 
     positions = jnp.arange(num_chunks * chunk_size).reshape(num_chunks, chunk_size)
-    _, results = jax.lax.scan(block, None, (hidden.swapaxes(0, 1), tokens.swapaxes(0, 1), positions))
-    logprobs, entropy = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in results)
-    return logprobs, entropy
+    _, results = jax.lax.scan(step, None, (positions, *map(split, arrays)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], results)

@@ -1,16 +1,20 @@
 """The folder of a run: one configuration a folder, and what a restart may change of it."""
 
+import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import atomic_write
-from ppo_jax.types import TrainState
+from ppo_jax.types import Experience, Scores, TrainState
 
 
 class RunError(InputError):
@@ -120,6 +124,35 @@ def refuse_non_finite(metrics: Mapping[str, float], where: str, expected: str) -
         raise RunError(
             f"{where}: {', '.join(broken)}, expected a finite number: {expected}; the last checkpoint is kept"
         )
+
+
+def save_broken(workdir: Path, state: TrainState, experience: Experience, scores: Scores, most: int = 3) -> Path:
+    """Keeps an iteration that held something that is not finite.
+
+    Args:
+        workdir: of the run.
+        state: after the iteration, which did not learn from it.
+        experience: what it was to learn from.
+        scores: what the judges said.
+        most: newest of such iterations that stay.
+
+    Returns:
+        A folder with the experience and the scores (`batch.npz`, by field) and the state.
+    """
+    folder = workdir / "broken" / f"{int(state.step) - 1:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: x for name, x in vars(experience).items() if x is not None}
+    arrays |= {f"scores_{name}": getattr(scores, name) for name in ("total", "tokens", "greedy")}
+    arrays |= {f"parts_{name}": x for name, x in scores.parts.items()}
+    held = io.BytesIO()
+    np.savez(held, **{name: np.asarray(x) for name, x in arrays.items() if x is not None})
+    atomic_write(folder / "batch.npz", held.getvalue())
+    checkpoint = Checkpointer(folder / "state", max_to_keep=1)
+    checkpoint.save(state)
+    checkpoint.close()
+    for old in sorted(path for path in folder.parent.iterdir() if path.is_dir())[:-most]:
+        shutil.rmtree(old)
+    return folder
 
 
 def write_json(path: Path, value: Any) -> None:

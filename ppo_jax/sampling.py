@@ -28,6 +28,8 @@ class SamplingConfig:
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
     min_new_tokens: int = 0  # no EOS before this many tokens
+    truncate_id: int | None = None  # this token, too, ends a response
+    truncate_after: int = 0  # as response token number `truncate_after` (from 0) or later
 
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
@@ -37,6 +39,7 @@ class SamplingConfig:
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "a number in (0, 1]"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
+            "truncate_after": (0 <= self.truncate_after <= self.max_new_tokens, "from 0 to max_new_tokens"),
         }
         for name, (holds, expected) in ranges.items():
             check(name, getattr(self, name), holds, expected)
@@ -62,6 +65,27 @@ def policy_logits(logits: jax.Array, positions: jax.Array, sampling: SamplingCon
         too_early = positions < sampling.min_new_tokens
         logits = jnp.where((too_early[:, None] & is_eos[None, :])[None], -jnp.inf, logits)
     return logits
+
+
+def ends_response(tokens: jax.Array, positions: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Where a response ends: at an EOS, or at the truncation token from its position on.
+
+    Cutting while sampling is the same as sampling on and cutting afterwards, since no token depends on later ones.
+
+    Args:
+        tokens: `[B, T]` response tokens.
+        positions: `[T]` int, their numbers in the response.
+        sampling: what ends a response.
+
+    Returns:
+        `[B, T]` bool.
+
+    Source: openai/lm-human-preferences, `lm_human_preferences/lm_tasks.py`, `truncate_token` and `truncate_after`.
+    """
+    ended = jnp.isin(tokens, jnp.array(sampling.eos_ids, jnp.int32))
+    if sampling.truncate_id is None:
+        return ended
+    return ended | ((tokens == sampling.truncate_id) & (positions >= sampling.truncate_after)[None, :])
 
 
 def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
@@ -139,7 +163,7 @@ def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Arra
 
     Args:
         model: the actor-critic; its value of every state is taken along, since the trunk has run anyway.
-        params: its parameters.
+        params: its parameters. Values are 0 without a "value_head", or if that head reads a "critic"'s trunk.
         prompts: `[B, P]`, padded left.
         key: a typed key; token t uses `fold_in(key, t)`.
         sampling: how tokens are chosen, and what ends a response.
@@ -153,7 +177,7 @@ def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Arra
     num_new = sampling.max_new_tokens
     length = prompt_length + num_new
     prompt_sizes = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    eos_ids = jnp.array(sampling.eos_ids, jnp.int32)
+    reads_trunk = "value_head" in params and "critic" not in params
 
     def emit(hidden: jax.Array, at: _Decoding) -> _Decoding:
         """Draws response token t from the state before it and writes it down."""
@@ -165,14 +189,15 @@ def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Arra
             token = draw(jax.random.fold_in(key, at.t), logits)
         token = jnp.where(at.alive, token, sampling.pad_id)
         logprob, _ = logprobs_and_entropy(logits, token)
+        value = apply(hidden, method="value") if reads_trunk else jnp.zeros(batch)
         slot, rollout = prompt_length + at.t, at.rollout
         rollout = Rollout(
             tokens=rollout.tokens.at[:, slot].set(token),
             mask=rollout.mask.at[:, slot].set(at.alive),
             logprobs=rollout.logprobs.at[:, at.t].set(jnp.where(at.alive, logprob, 0.0)),
-            values=rollout.values.at[:, at.t].set(jnp.where(at.alive, apply(hidden, method="value"), 0.0)),
+            values=rollout.values.at[:, at.t].set(jnp.where(at.alive, value, 0.0)),
         )
-        ended = jnp.any(token[:, None] == eos_ids[None, :], axis=1)
+        ended = ends_response(token[:, None], at.t[None], sampling)[:, 0]
         return _Decoding(at.t + 1, at.alive & ~ended, at.cache, rollout)
 
     def decode(at: _Decoding) -> _Decoding:

@@ -25,6 +25,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
     (r"(output|down)/kernel$", P("tensor", "fsdp")),
     (r"(output|down)/bias$", P()),
+    (r"(query|key|value|gate|up)/lora_a$", P("fsdp", None)),  # an adapter is cut where its kernel is
+    (r"(query|key|value|gate|up)/lora_b$", P(None, "tensor")),
+    (r"(query|key|value|gate|up)/lora_magnitude$", P("tensor")),
+    (r"(output|down)/lora_a$", P("tensor", None)),
+    (r"(output|down)/lora_b$", P(None, "fsdp")),
+    (r"(output|down)/lora_magnitude$", P()),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"norm/(scale|bias)$", P()),
     (r"(value|score)_head/(kernel|bias)$", P()),
@@ -95,20 +101,23 @@ def minibatches(batch: Tree, num: int) -> Tree:
     return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = ()) -> Shardings:
-    """Shardings of a train state, its reference, its judge's parameters (arrays or their shapes) and its batches."""
-    replicated = NamedSharding(mesh, P())
-    params = param_shardings(mesh, state.params)
+def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = (), ref_params: Params = None) -> Shardings:
+    """Where everything of a train step lives, by the shapes of what it is given (arrays or their shapes).
+
+    Args:
+        mesh: from `make_mesh`.
+        state: a train state; rollouts that wait in it are cut like batches.
+        judge_params: of a judge in the program.
+        ref_params: of the reference; None: those of the state's decoder, all of which is trained.
+    """
+    replicated, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
+    places = param_shardings(mesh, state.replace(pending=()))
+    if ref_params is None:
+        ref_params = state.params.get("decoder", state.params)
     return Shardings(
-        state=TrainState(
-            step=replicated,
-            params=params,
-            opt_state=param_shardings(mesh, state.opt_state),
-            key=replicated,
-            kl_coef=replicated,
-        ),
-        ref_params=params.get("decoder", params),
+        state=places.replace(pending=jax.tree.map(lambda _: batch, state.pending)),
+        ref_params=param_shardings(mesh, ref_params),
         judge_params=param_shardings(mesh, judge_params),
-        batch=NamedSharding(mesh, P(("data", "fsdp"))),
+        batch=batch,
         replicated=replicated,
     )

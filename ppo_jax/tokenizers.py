@@ -85,6 +85,20 @@ def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
     return token
 
 
+def one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a text that is a single token, by its name in the vocabulary or as it is encoded.
+
+    Raises:
+        TokenizerError: the tokenizer splits it.
+    """
+    if text in tokenizer.get_vocab():
+        return tokenizer.get_vocab()[text]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise TokenizerError(f"token: got {text!r}, which the tokenizer encodes as {len(ids)} tokens; expected one")
+    return ids[0]
+
+
 def check_vocabulary(special: SpecialTokens, tokens: np.ndarray, vocab_size: int) -> None:
     """Refuses token ids that the model has no embedding for (a token added to the tokenizer alone, say).
 

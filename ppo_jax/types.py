@@ -107,6 +107,40 @@ class Experience(Rollout):
 
     advantages: jax.Array  # [B, R] float32, 0 where masked
     returns: jax.Array  # [B, R] float32: what the critic should have said
+    importance: jax.Array | None = None  # [B, R] float32: weight of each token, where the actor was another policy
+    ref_logprobs: jax.Array | None = None  # [B, R] float32: for a KL penalty in the loss
+    ref_hidden: jax.Array | None = None  # [B, R, D]: for the exact one
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores(_Replaceable):
+    """What the judges said of a rollout."""
+
+    total: jax.Array  # [B] float32: the weighted sum of their scores of whole responses
+    tokens: jax.Array | None = None  # [B, R] float32: the same of those who judge each token
+    parts: dict[str, jax.Array] = dataclasses.field(
+        default_factory=dict
+    )  # each [B] float32: of several, what each said
+    greedy: jax.Array | None = None  # [B] float32: `whole` of the likeliest response to the same prompt (ReMax)
+
+    @property
+    def whole(self) -> jax.Array:
+        """Score of each response, that of its tokens included, `[B]`."""
+        return self.total if self.tokens is None else self.total + self.tokens.sum(axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Running(_Replaceable):
+    """The scalars that training carries."""
+
+    kl_coef: jax.Array  # [] float32: weight of the KL penalty
+    baseline: jax.Array  # [] float32: running mean of the reward of a response
+    score_count: jax.Array  # [] float32: scores seen so far, and their mean and summed squared deviation from it
+    score_mean: jax.Array  # [] float32
+    score_m2: jax.Array  # [] float32
+    skipped: jax.Array  # [] int32: iterations in a row in which something was not finite, and was not learned from
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +153,9 @@ class TrainState(_Replaceable):
     """
 
     step: jax.Array  # [] int32: iterations done
-    params: Params  # {"decoder": ..., "value_head": ...}
+    params: Params  # what is trained: {"decoder": ..., "value_head": ..., "critic": ...}; see `policy_params`
     opt_state: Any
     key: jax.Array  # a typed key; iteration i uses fold_in(key, i)
-    kl_coef: jax.Array  # [] float32: weight of the KL penalty in the reward
+    running: Running
+    ema_params: Params | None = None  # the moving average of params["decoder"], if one is kept
+    pending: tuple[Rollout, ...] = ()  # that wait to be learned from, if acting runs ahead of learning

@@ -243,7 +243,8 @@ def remember_programs(prepare: Any) -> Any:
         setup = prepare(settings)
         if hasattr(setup, "sampling"):
             rate = settings.ppo.lr_schedule == "constant" or settings.num_iterations
-            key = (setup.model, setup.sampling, settings.ppo, settings.mesh, rate)
+            trained = (settings.lora, settings.frozen_layers, settings.critic, settings.param_dtype)
+            key = (setup.model, setup.sampling, settings.ppo, settings.mesh, trained, rate)
         else:
             rate = settings.lr_schedule == "constant" or settings.num_steps
             key = (setup.model, settings.mesh, settings.lr, settings.warmup_steps, settings.weight_decay, rate)
@@ -259,12 +260,17 @@ def remember_programs(prepare: Any) -> Any:
 
 def saved_state(workdir: Path) -> TrainState:
     """The newest train state of a PPO run."""
-    settings = json.loads((workdir / "config.json").read_text())
-    parts = {name: type(getattr(PPOExperiment(), name))(**settings.pop(name)) for name in ("ppo", "mesh")}
     checkpoints = Checkpointer(workdir / "checkpoints")
-    state = checkpoints.restore(train_ppo.prepare(PPOExperiment(**settings, **parts)).state)
+    state = checkpoints.restore(train_ppo.prepare(settings_of(workdir)).state)
     checkpoints.close()
     return state
+
+
+def settings_of(workdir: Path) -> PPOExperiment:
+    """The settings of a PPO run."""
+    settings = json.loads((workdir / "config.json").read_text())
+    nested = {name: type(getattr(PPOExperiment(), name))(**x) for name, x in settings.items() if isinstance(x, dict)}
+    return PPOExperiment(**settings | nested)
 
 
 def bits(state: TrainState) -> dict[str, tuple[str, bytes]]:

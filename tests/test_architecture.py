@@ -16,10 +16,12 @@ FLOORS = {
     "errors": 0,
     "types": 0,
     "numerics": 0,
+    "guard": 0,
     # the mathematics of the papers
     "advantages": 1,
     "losses": 1,
     "kl": 1,
+    "shaping": 1,
     "optim": 1,
     # networks, and where arrays live
     "models": 1,
@@ -34,11 +36,15 @@ FLOORS = {
     # acting and judging
     "config": 2,
     "sampling": 2,
+    "policy": 2,
     "rewards": 2,
     "envs": 2,
     # training programs
+    "experience": 3,
+    "update": 3,
     "ppo": 3,
     "sft": 3,
+    "dpo": 3,
     "reward_model": 3,
     "control": 3,
     # the outside world
@@ -51,6 +57,14 @@ FLOORS = {
     "planning": 4,
 }
 SAME_FLOOR_PAIRS = {
+    ("guard", "types"),  # it looks at an experience, field by field
+    ("policy", "config"),  # how many responses, of what length
+    ("policy", "sampling"),  # the policy is a distribution over tokens
+    ("update", "experience"),  # the parts of PPO, in the order in which they run
+    ("ppo", "experience"),
+    ("ppo", "update"),
+    ("update", "sft"),  # an auxiliary loss on texts
+    ("dpo", "sft"),  # log-probabilities of texts
     ("hub", "models"),  # a Hugging Face folder is read into a ModelConfig and parameters
     ("data", "tokenizers"),  # a prompt is text until it is encoded
     ("examples", "tokenizers"),  # so is what is learned

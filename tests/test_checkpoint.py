@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import random_rollout, running
 
-from ppo_jax.checkpoint import Checkpointer, CheckpointError
+from ppo_jax.checkpoint import Checkpointer, CheckpointError, free
 from ppo_jax.errors import InputError
 from ppo_jax.optim import make_optimizer
 from ppo_jax.sharding import make_mesh, make_shardings
@@ -24,8 +25,10 @@ from ppo_jax.types import TrainState
 TX = make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.1)
 
 
-def make_state(seed: int, step: int = 3, dtype=jnp.float32, config=None, impl: str | None = None) -> TrainState:
-    """A state of a tiny actor-critic with random numbers everywhere, also in the optimizer, also odd ones."""
+def make_state(seed: int, step: int = 3, dtype=jnp.float32, config=None, impl: str | None = None, full=False):
+    """A state of a tiny actor-critic with random numbers everywhere, also in the optimizer, also odd ones; a full one
+    has a moving average and rollouts that wait.
+    """
     config = config or folders.llama_config(32)
     head = {"kernel": np.zeros((config.width, 1), np.float32), "bias": np.zeros(1, np.float32)}
     params = jax.tree.map(
@@ -43,9 +46,13 @@ def make_state(seed: int, step: int = 3, dtype=jnp.float32, config=None, impl: s
 
     with np.errstate(over="ignore", under="ignore"):
         params, opt_state = jax.tree.map(fill, (params, TX.init(params)))
-    return TrainState(
-        jnp.int32(step), params, opt_state, jax.random.key(seed, impl=impl), jnp.float32(0.05 + seed / 1e9)
-    )
+    carried = running(0.05 + seed / 1e9, baseline=rng.normal(), score_mean=1e-40, score_count=1e6)
+    rest = {}
+    if full:
+        rollouts = [random_rollout(rng, (1, 3), (2, 0), 3, 4) for _ in range(2)]
+        rest = {"ema_params": jax.tree.map(lambda x: fill(x.astype(jnp.float32)), params["decoder"]),
+                "pending": tuple(rollouts)}  # fmt: skip
+    return TrainState(jnp.int32(step), params, opt_state, jax.random.key(seed, impl=impl), carried, **rest)
 
 
 @pytest.fixture
@@ -62,11 +69,13 @@ def open_folder(tmp_path):
         checkpoints.close()
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_bit_comes_back(open_folder, seed, dtype):
-    state = make_state(seed, dtype=dtype)
+def test_every_bit_comes_back(open_folder, seed, dtype, full):
+    state = make_state(seed, dtype=dtype, full=full)
     open_folder().save(state)
-    restored = open_folder().restore(make_state(seed + 1, dtype=dtype))  # by another object, as in another process
+    # By another object, as in another process.
+    restored = open_folder().restore(make_state(seed + 1, dtype=dtype, full=full))
     assert folders.bits(restored) == folders.bits(state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
@@ -113,6 +122,23 @@ def test_one_can_be_enough_and_more_can_be_kept(open_folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4", "5"]
 
 
+def test_an_older_state_can_be_asked_for(open_folder):
+    checkpoints, states = open_folder(max_to_keep=3), {step: make_state(step, step) for step in (2, 4, 6)}
+    for state in states.values():
+        checkpoints.save(state)
+    for before, step in ((7, 6), (6, 4), (5, 4), (3, 2)):
+        assert folders.bits(checkpoints.restore(make_state(9), before=before)) == folders.bits(states[step])
+    with pytest.raises(CheckpointError, match="nothing is saved in"):
+        checkpoints.restore(make_state(9), before=2)
+
+
+def test_the_memory_of_a_replaced_state_is_given_back():
+    state = make_state(1, full=True)
+    free(state)
+    large = (state.params, state.opt_state, state.ema_params, state.pending)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(large))
+
+
 def test_a_step_that_is_there_is_left_as_it_is(open_folder):
     checkpoints, first, second = open_folder(), make_state(1, step=5), make_state(2, step=5)
     checkpoints.save(first)
@@ -151,7 +177,15 @@ MISFITS = {
         lambda s: change(s, "lora", lambda _: {"kernel": jnp.zeros((2, 3))}),
         r"params/decoder/layer_0/attention/lora/kernel: got nothing, expected float32\[2, 3\]",
     ),
-    "scalar": (lambda s: s.replace(kl_coef=jnp.zeros(2)), r"kl_coef: got float32\[\], expected float32\[2\]"),
+    "scalar": (
+        lambda s: s.replace(running=s.running.replace(kl_coef=jnp.zeros(2))),
+        r"running/kl_coef: got float32\[\], expected float32\[2\]",
+    ),
+    "average": (lambda s: s.replace(ema_params=s.params["decoder"]), "ema_params/.*: got nothing, expected float32"),
+    "queue": (
+        lambda s: s.replace(pending=(random_rollout(np.random.default_rng(0), (1,), (2,), 3, 4),)),
+        r"pending/0/\w+: got nothing, expected \w+\[1, ",
+    ),
     "step": (lambda s: s.replace(step=jnp.float32(3)), r"step: got int32\[\], expected float32\[\]"),
     "optimizer": (
         lambda s: s.replace(opt_state=optax.sgd(1.0).init(s.params)),
@@ -199,13 +233,15 @@ SAVER = """
 import itertools, sys
 import jax, jax.numpy as jnp
 from ppo_jax.checkpoint import Checkpointer
-from ppo_jax.types import TrainState
+from ppo_jax.types import Running, TrainState
 
 jax.config.update("jax_platforms", "cpu")
 # Many arrays, so that a save takes long enough to be hit in its middle.
 def state(step):
     params = {f"p{i}": jnp.full((64, 64), step, jnp.float32) for i in range(40)}
-    return TrainState(jnp.int32(step), params, {"mu": params}, jax.random.key(step), jnp.float32(step))
+    zero = jnp.float32(0)
+    running = Running(jnp.float32(step), zero, zero, zero, zero, jnp.int32(0))
+    return TrainState(jnp.int32(step), params, {"mu": params}, jax.random.key(step), running)
 
 checkpoints = Checkpointer(sys.argv[1], max_to_keep=2)
 first = (checkpoints.latest_step() or 0) + 1
@@ -244,10 +280,10 @@ def test_a_kill_in_the_middle_of_a_save_leaves_an_older_state(tmp_path, rng):
         # The last report may have been lost on its way, hence one more.
         assert latest in (durable, durable + 1)
         params = {f"p{i}": jnp.zeros((64, 64)) for i in range(40)}
-        like = TrainState(jnp.int32(0), params, {"mu": params}, jax.random.key(0), jnp.float32(0))
+        like = TrainState(jnp.int32(0), params, {"mu": params}, jax.random.key(0), running(0))
         restored = checkpoints.restore(like)
         assert int(restored.step) == latest
-        for leaf in (*jax.tree.leaves(restored.params), *jax.tree.leaves(restored.opt_state), restored.kl_coef):
+        for leaf in (*jax.tree.leaves(restored.params), *jax.tree.leaves(restored.opt_state), restored.running.kl_coef):
             np.testing.assert_array_equal(leaf, np.float32(latest))
         # What the interrupted save left is gone, and one can go on.
         assert not [name for name in os.listdir(folder) if "tmp" in name]

@@ -8,8 +8,22 @@ from types import SimpleNamespace
 import folders
 import pytest
 
-from experiments import cli, collect_feedback, evaluate, rlhf, train_ppo, train_reward, train_sft
+from experiments import (
+    best_of_n,
+    cli,
+    collect_feedback,
+    compare,
+    evaluate,
+    rlhf,
+    train_dpo,
+    train_ppo,
+    train_reward,
+    train_sft,
+)
 from experiments.settings import (
+    BestOfNExperiment,
+    CompareExperiment,
+    DPOExperiment,
     EvaluateExperiment,
     FeedbackExperiment,
     PPOExperiment,
@@ -28,6 +42,9 @@ SCRIPTS = {
     RewardExperiment: train_reward,
     EvaluateExperiment: evaluate,
     RLHFExperiment: rlhf,
+    DPOExperiment: train_dpo,
+    BestOfNExperiment: best_of_n,
+    CompareExperiment: compare,
 }
 
 
@@ -66,13 +83,13 @@ def config_file(tmp_path):
 def test_settings_and_workdir_arrive(call, tmp_path):
     outcome, given = call(
         f"--config={SENTIMENT}", f"--workdir={tmp_path / 'run'}", "--config.seed=7", "--config.ppo.lr=3e-5",
-        "--config.model=some/folder", "--config.ppo.whiten_advantages=False", "--config.ppo.value_clip_eps=inf",
+        "--config.model=some/folder", "--config.ppo.whiten_shift=False", "--config.ppo.value_clip_eps=inf",
     )  # fmt: skip
     assert outcome.status == 0
     ((settings, workdir),) = given
     assert workdir == tmp_path / "run"
     assert (settings.seed, settings.ppo.lr, settings.model) == (7, 3e-5, "some/folder")
-    assert settings.ppo.whiten_advantages is False
+    assert settings.ppo.whiten_shift is False
     assert settings.ppo.value_clip_eps == float("inf")
     assert settings.reward == "vader"  # what the file says and no flag changes
     assert not os.listdir(tmp_path)
@@ -111,6 +128,9 @@ def test_every_field_shows_with_its_help(call):
         RewardExperiment: "reward",
         EvaluateExperiment: "evaluate",
         RLHFExperiment: "quickstart",
+        DPOExperiment: "dpo",
+        BestOfNExperiment: "best_of_n",
+        CompareExperiment: "compare_stories",
     }
     assert shipped.keys() == SCRIPTS.keys()
     for kind, name in shipped.items():
@@ -165,9 +185,11 @@ def test_a_mistyped_field_is_an_error_with_a_suggestion(call, tmp_path):
         ("--config.seed=1.5", "--config.seed=1.5"),
         ("--config.seed=", "--config.seed="),
         ("--config.ppo.lr=fast", "--config.ppo.lr=fast"),
-        ("--config.ppo.whiten_advantages=perhaps", "--config.ppo.whiten_advantages=perhaps"),
+        ("--config.ppo.whiten_shift=perhaps", "--config.ppo.whiten_shift=perhaps"),
+        ("--config.ppo.whiten_advantages=perhaps", "whiten_advantages: got 'perhaps', expected one of auto, none, "),
+        ("--config.lora.rank=-1", "lora.rank: got -1, expected 0 or more"),
         ("--config.ppo=3", "--config.ppo=3"),
-        ("--config.ppo.batch_size=10", "batch_size: got 10, expected a multiple of num_minibatches (4)"),
+        ("--config.ppo.batch_size=10", "batch_size: got 10, expected a multiple of num_minibatches x accumulation (4)"),
         ("--config.num_iterations=0", "num_iterations: got 0, expected at least 1"),
         ("--config.long_prompts=keep", "long_prompts: got 'keep', expected one of drop, keep_start, keep_end"),
         ("--workdri=x", "workdri"),
@@ -184,8 +206,8 @@ def test_a_wrong_flag_is_told(call, tmp_path, flag, told):
 
 
 SHIPPED = (
-    "evaluate.py", "feedback.py", "ppo_sentiment.py", "quickstart.py", "reward.py", "rlhf_sentiment.py", "sft_chat.py",
-    "sft_reviews.py",
+    "anchor.py", "best_of_n.py", "compare_quickstart.py", "compare_stories.py", "dpo.py", "evaluate.py", "feedback.py",
+    "ppo_sentiment.py", "quickstart.py", "reward.py", "rlhf_sentiment.py", "sft_chat.py", "sft_reviews.py",
 )  # fmt: skip
 
 

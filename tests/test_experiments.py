@@ -43,8 +43,10 @@ FILES = {
     "checkpoints", "tensorboard", "policy",
 }  # fmt: skip
 METRICS = (
-    "objective: score score_std kl entropy length eos_frac kl_coef reward",
-    "policy: loss approx_kl clip_frac ratio_max first_ratio_dev first_approx_kl entropy",
+    "objective: score score_se score_std kl kl_se entropy length eos_frac kl_coef reward ref_nll score_length_corr",
+    "advantage: mean std",
+    "policy: loss approx_kl clip_frac ratio_max ratio_min first_ratio_dev first_approx_kl entropy updates",
+    "guard: first_broken skipped",
     "value: loss clip_frac explained_var mean",
     "optim: lr grad_norm",
     "time: iteration_s tokens_per_s",
@@ -106,6 +108,7 @@ def check_metrics(rows: list[dict], names: set[str]) -> None:
         # Before the first gradient step the policy that learns is the policy that acted, by another program.
         assert row["policy/first_ratio_dev"] <= 1e-4
         assert row["policy/first_approx_kl"] <= 1e-8
+        assert (row["guard/first_broken"], row["guard/skipped"], row["policy/updates"]) == (-1, 0, 4)
         assert row["objective/kl_coef"] == pytest.approx(0.01)
         assert row["optim/lr"] == pytest.approx(0.01)
         assert 1 <= row["objective/length"] <= 6
@@ -152,7 +155,9 @@ def check_results(workdir, prompts: list[str]) -> None:
         assert results[when]["score_std"] == pytest.approx(np.std(scores), abs=1e-6)
         assert all(math.isfinite(x) for x in results[when].values())
     assert abs(results["before"]["kl"]) < 1e-4
+    assert abs(results["before"]["kl_exact"]) < 1e-4
     assert results["after"]["kl"] > 1e-2
+    assert results["after"]["kl_exact"] > 1e-2
     assert results["samples"] == rows[:4]
     assert f"{results['after']['score']:.3f}" in (workdir / "results.md").read_text()
 
@@ -166,6 +171,9 @@ def check_policy(world, workdir) -> None:
     assert int(state.step) == 4
     jax.tree.map(np.testing.assert_array_equal, policy, jax.device_get(state.params["decoder"]))
     assert all(np.abs(a - b).max() > 0 for a, b in zip(*map(jax.tree.leaves, (policy, start)), strict=True))
+    head = hub.load_value_head(workdir / "policy")
+    jax.tree.map(np.testing.assert_array_equal, head, jax.device_get(state.params["value_head"]))
+    assert np.any(head["kernel"])
     old, new = load_tokenizer(world.model), load_tokenizer(workdir / "policy")
     assert new.get_vocab() == old.get_vocab()
     assert new("the cat")["input_ids"] == old("the cat")["input_ids"]
@@ -175,7 +183,7 @@ def check_policy(world, workdir) -> None:
 def check_second_start(start, world, workdir, reward: str) -> None:
     """A finished run says again what it has, and does nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("iterate", "evaluate", "finish"):
+        for name in ("begin", "iterate", "finish"):
             patch.setattr(train_ppo, name, lambda *_: pytest.fail("it works again"))
         outcome = start(*world.flags(f"--workdir={workdir}", reward=reward))
     assert (outcome.status, outcome.err) == (0, "")
@@ -395,29 +403,11 @@ def test_a_reward_that_fails_ends_the_run_with_its_prompts(world, tmp_path, star
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_broken_iteration_ends_the_run_before_it_is_saved(world, tmp_path, start, monkeypatch):
-    def iterate(setup, state, rows):
-        metrics = {
-            "objective/score": 0.0,
-            "objective/kl": 0.0,
-            "policy/loss": float("nan"),
-            "optim/grad_norm": float("inf"),
-        }
-        return state.replace(step=state.step + 1), metrics, None, np.zeros(8)
-
-    monkeypatch.setattr(train_ppo, "iterate", iterate)
-    error = start(*world.flags(f"--workdir={tmp_path / 'run'}", "--config.checkpoint_every=1")).error()
-    assert "iteration 0: policy/loss: got nan, optim/grad_norm: got inf, expected a finite number" in error
-    assert "objective" not in error
-    assert os.listdir(tmp_path / "run" / "checkpoints") == []
-    assert not (tmp_path / "run" / "policy").exists()
-
-
 BROKEN_SCORES = {
     "raises": "raise RuntimeError('no score')",
     "wrong shape": "return lambda rollout: jnp.zeros(3)",
     "one number": "return lambda rollout: 0.0",
-    "per token": "return lambda rollout: rollout.logprobs",
+    "per token, of the prompt too": "return lambda rollout: rollout.tokens * 1.0",
     "on the host": "return lambda rollout: float(rollout.tokens[0, 0])",
     "no score": "return None",
 }

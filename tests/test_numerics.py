@@ -1,8 +1,10 @@
-"""Masked statistics, token logprobs and entropy."""
+"""Masked statistics, token logprobs, entropy and divergence."""
 
 import functools
+import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,13 @@ LENGTHS = [R, 1, 0, R - 1, 3]
 COUNT = sum(LENGTHS)
 # A mean is a sum of COUNT terms and a division; a variance does it twice, with a difference and a square in between.
 MEAN_OPS, VAR_OPS = COUNT + 2, 2 * COUNT + 6
-STATISTICS = [numerics.masked_mean, numerics.masked_var, numerics.masked_std, numerics.masked_whiten]
+STATISTICS = [
+    numerics.masked_mean,
+    numerics.masked_var,
+    numerics.masked_std,
+    numerics.standard_error,
+    numerics.masked_whiten,
+]
 
 
 def draw(rng, batch: tuple[int, ...] = ()):
@@ -104,6 +112,27 @@ def test_variance_gradient(rng):
     m = oracles.mean(oracles.kept(x, mask))
     expected = np.where(mask, 2 * (np.float64(x) - m) / COUNT, 0.0)
     assert_close(jax.jit(jax.grad(numerics.masked_var))(x, mask), expected, VAR_OPS, 16 / COUNT)
+
+
+# standard error
+
+
+def test_standard_error_golden():
+    # kept 1, 2, 6: squares 14 (above); 14 / (3 x 2) = 7/3 is the variance of the mean, its root 1.5275252
+    x = jnp.array([[1.0, 2.0], [6.0, 50.0]])
+    assert_close(numerics.standard_error(x, oracles.response_mask([2, 1], 2)), 1.5275252316519467, 4)
+
+
+def test_standard_error_oracle(rng):
+    x, mask = draw(rng)
+    kept = oracles.kept(x, mask)
+    expected = np.std(kept, ddof=1) / math.sqrt(COUNT)
+    assert_close(numerics.standard_error(x, mask), expected, VAR_OPS, 4)
+
+
+def test_standard_error_of_fewer_than_two_numbers_is_zero():
+    for length in (0, 1):
+        assert numerics.standard_error(jnp.array([[3.0, 5.0]]), oracles.response_mask([length], 2)) == 0
 
 
 # whitening
@@ -448,6 +477,126 @@ def test_logprobs_refuse_tokens_of_another_shape(rng):
             compiled(logits, wrong)
 
 
+# divergence
+
+DISTRIBUTIONS = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["distribution"]
+kl_with_gradient = jax.jit(
+    jax.value_and_grad(lambda x, y: (lambda kl: (kl.sum(), kl))(numerics.kl_divergence(x, y)), has_aux=True)
+)
+
+
+def kl_oracle(logits, ref_logits) -> np.ndarray:
+    """The definition, a sum of p log(p / q) over the tokens with p > 0."""
+    kl = np.zeros(np.shape(logits)[:-1])
+    for index in np.ndindex(*kl.shape):
+        rows = zip(oracles.log_softmax(logits[index]), oracles.log_softmax(ref_logits[index]), strict=True)
+        kl[index] = math.fsum(math.exp(p) * (p - q) for p, q in rows if p > -math.inf)
+    return kl
+
+
+def test_divergence_golden():
+    # p = 1/2, 1/4, 1/4, 0 against q = 1/4, 1/2, 1/8, 1/8: 1/2 log 2 - 1/4 log 2 + 1/4 log 2 = 1/2 log 2
+    p, q = jnp.array([[0.5, 0.25, 0.25, 0.0]]), jnp.array([[0.25, 0.5, 0.125, 0.125]])
+    (_, kl), grad = kl_with_gradient(jnp.log(p), jnp.log(q))
+    assert kl.dtype == jnp.float32
+    assert_close(kl, [0.34657359027997264], 12)
+    # p (log(p / q) - KL) = 1/4 l, -3/8 l, 1/8 l, 0 with l = log 2
+    assert_close(grad, [[0.25 * math.log(2), -0.375 * math.log(2), 0.125 * math.log(2), 0.0]], 12)
+
+
+@pytest.mark.parametrize("name", ["kl", "entropy"])
+def test_divergence_and_entropy_golden_of_torch(name):
+    logits, ref_logits = float32(DISTRIBUTIONS["logits"]), float32(DISTRIBUTIONS["ref_logits"])
+
+    def function(x):
+        if name == "kl":
+            return numerics.kl_divergence(x, ref_logits)
+        return numerics.logprobs_and_entropy(x, jnp.zeros(3, int))[1]
+
+    assert_close(function(logits), DISTRIBUTIONS[name], ENTROPY_OPS, 20)
+    assert_close(jax.grad(lambda x: function(x).sum())(logits), DISTRIBUTIONS[f"{name}_grad"], ENTROPY_OPS, 20)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
+def test_divergence_oracle_and_gradient(rng, shape):
+    (logits, _), (ref_logits, _) = draw_logits(rng, shape), draw_logits(rng, shape)
+    (_, kl), grad = kl_with_gradient(logits, ref_logits)
+    assert kl.shape == shape
+    assert_close(kl, kl_oracle(logits, ref_logits), ENTROPY_OPS, 16)
+    expected = oracles.finite_difference(lambda x: math.fsum(np.ravel(kl_oracle(x, ref_logits))), logits)
+    assert_close(grad, expected, ENTROPY_OPS, 16)
+
+
+def test_divergence_from_itself_is_zero_with_zero_gradient(rng):
+    logits, _ = draw_logits(rng)
+    logits[..., ::3] = -np.inf
+    (_, kl), grad = kl_with_gradient(logits, logits)
+    np.testing.assert_array_equal(kl, np.zeros(kl.shape))
+    np.testing.assert_array_equal(grad, np.zeros(logits.shape))
+
+
+def test_a_small_divergence_keeps_its_digits(rng):
+    # At 1e-3 from the reference the KL is about 5e-7, where p log p - p log q would be rounded off to 1e-6.
+    logits, _ = draw_logits(rng, (6,))
+    ref_logits = float32(logits + 1e-3 * rng.normal(size=logits.shape))
+    (_, kl), _ = kl_with_gradient(logits, ref_logits)
+    assert (np.asarray(kl) > 0).all()
+    # Each log ratio, of about 1e-3, is off by a few times eps32 x 16.
+    assert_close(kl, kl_oracle(logits, ref_logits), ENTROPY_OPS, 16 * 4e-3)
+
+
+def test_divergence_is_never_negative(rng):
+    logits, _ = draw_logits(rng, (200,))
+    for size in (1e-6, 1e-4, 1e-2, 1.0, 100.0):
+        (_, kl), grad = kl_with_gradient(logits, float32(logits + size * rng.normal(size=logits.shape)))
+        assert (np.asarray(kl) >= 0).all()
+        assert np.isfinite(grad).all()
+
+
+def test_divergence_with_forbidden_tokens(rng):
+    (logits, _), (ref_logits, _) = draw_logits(rng), draw_logits(rng)
+    both = np.broadcast_to(np.arange(V) % 3 == 0, logits.shape)
+    expected = kl_oracle(logits[..., ~both[0, 0]], ref_logits[..., ~both[0, 0]])
+    logits, ref_logits = (np.where(both, np.float32(-np.inf), x) for x in (logits, ref_logits))
+    (_, kl), grad = kl_with_gradient(logits, ref_logits)
+    assert_close(kl, expected, ENTROPY_OPS, 16)
+    assert np.isfinite(grad).all()
+    np.testing.assert_array_equal(np.asarray(grad)[both], 0)
+    # What only the policy forbids has no p and costs nothing by itself; what only the reference does is infinitely far.
+    one = np.broadcast_to(np.arange(V) == 1, logits.shape)
+    narrow = np.where(one, np.float32(-np.inf), logits)
+    (_, kl), grad = kl_with_gradient(narrow, ref_logits)
+    assert_close(kl, kl_oracle(narrow, ref_logits), ENTROPY_OPS, 16)
+    assert np.isfinite(grad).all()
+    assert np.isposinf(kl_with_gradient(logits, np.where(one, np.float32(-np.inf), ref_logits))[0][1]).all()
+
+
+def test_divergence_of_certain_distributions_is_finite():
+    # p and q underflow where the other is certain: 1000 nats apart.
+    (_, kl), grad = kl_with_gradient(float32([[1000, 0, 0]]), float32([[0, 1000, 0]]))
+    assert_close(kl, [1000.0], 2)
+    assert np.isfinite(grad).all()
+
+
+def test_nothing_is_learned_through_the_reference(rng):
+    (logits, _), (ref_logits, _) = draw_logits(rng), draw_logits(rng)
+    grad = jax.grad(lambda x: numerics.kl_divergence(logits, x).sum())(ref_logits)
+    np.testing.assert_array_equal(grad, np.zeros(ref_logits.shape))
+
+
+def test_divergence_of_bfloat16_logits_is_taken_in_float32(rng):
+    logits, ref_logits = (jnp.asarray(draw_logits(rng)[0], jnp.bfloat16) for _ in range(2))
+    kl = numerics.kl_divergence(logits, ref_logits)
+    assert kl.dtype == jnp.float32
+    assert_close(kl, kl_oracle(*(np.asarray(x, np.float64) for x in (logits, ref_logits))), ENTROPY_OPS, 16)
+
+
+def test_divergence_refuses_logits_of_another_shape(rng):
+    logits, _ = draw_logits(rng)
+    with pytest.raises(AssertionError):
+        numerics.kl_divergence(logits, logits[:, :1])
+
+
 # chunked logprobs and entropy
 
 CB, CR, CD, CV = 3, 7, 2, 23
@@ -623,3 +772,96 @@ def test_the_search_for_all_logits_finds_them_where_they_are(rng, gradient):
     function, arguments = program(unchunked, gradient, *draw_head(rng, **MEMORY_SHAPE))
     assert max(sizes_in_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)) >= ALL_LOGITS
     assert max(sizes_in_hlo(jax.jit(function).lower(*arguments).compile().as_text())) >= ALL_LOGITS
+
+
+def test_chunked_entropy_gradient_agrees_with_finite_differences(rng):
+    hidden, tokens, kernel, table = draw_head(rng, b=2, r=5)
+
+    def entropy(hidden):
+        logits = np.float64(hidden) @ np.float64(kernel) + np.float64(table)[None]
+        return math.fsum(np.ravel(oracles.logprobs_and_entropy(logits, tokens)[1]))
+
+    actual = jax.jit(jax.grad(lambda h: chunked(h, tokens, kernel, table, 2)[1].sum()))(hidden)
+    # Kernels of 2 times slopes of at most |log p| = 16.
+    assert_close(actual, oracles.finite_difference(entropy, hidden), CHUNK_OPS, 32)
+
+
+# chunked divergence
+
+
+def draw_two_heads(rng, b=CB, r=CR, d=CD, v=CV):
+    """Draw (hidden, kernel, table) of a policy and of a reference that is one wider; logits within (-16, 16)."""
+    heads = (draw_head(rng, b, r, width, v) for width in (d, d + 1))
+    return tuple((hidden, kernel, table) for hidden, _, kernel, table in heads)
+
+
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def chunked_kl(policy, reference, chunk_size):
+    (hidden, *head), (ref_hidden, *ref_head) = policy, reference
+    return numerics.chunked_kl(make_logits_fn(*head), make_logits_fn(*ref_head), hidden, ref_hidden, chunk_size)
+
+
+def all_logits(hidden, kernel, table) -> np.ndarray:
+    return np.float64(hidden) @ np.float64(kernel) + np.float64(table)[None]
+
+
+@jax.jit
+def unchunked_kl(policy, reference):
+    positions = jnp.arange(policy[0].shape[1])
+    return numerics.kl_divergence(
+        *(make_logits_fn(kernel, table)(hidden, positions) for hidden, kernel, table in (policy, reference))
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 11])
+def test_chunked_divergence_of_any_size_with_its_gradient(rng, chunk_size):
+    policy, reference = draw_two_heads(rng)
+    actual = chunked_kl(policy, reference, chunk_size)
+    assert actual.shape == (CB, CR)
+    assert_close(actual, kl_oracle(all_logits(*policy), all_logits(*reference)), CHUNK_OPS, 32)
+    weights = float32(np.clip(rng.normal(size=(CB, CR)), -3, 3))
+    functions = (functools.partial(chunked_kl, chunk_size=chunk_size), unchunked_kl)
+    gradients = (jax.jit(jax.grad(lambda p, f=f: (weights * f(p, reference)).sum()))(policy) for f in functions)
+    for a, e in zip(*gradients, strict=True):
+        assert_close(a, e, CHUNK_OPS + CB * CR, 3 * 2 * 32)
+
+
+def test_chunked_divergence_gradient_agrees_with_finite_differences(rng):
+    policy, reference = draw_two_heads(rng, b=2, r=5)
+    _, *head = policy
+
+    def total(hidden):
+        return math.fsum(np.ravel(kl_oracle(all_logits(hidden, *head), all_logits(*reference))))
+
+    actual = jax.jit(jax.grad(lambda h: chunked_kl((h, *head), reference, 2).sum()))(policy[0])
+    assert_close(actual, oracles.finite_difference(total, policy[0]), CHUNK_OPS, 64)
+
+
+def test_chunked_divergence_with_forbidden_tokens_at_some_positions(rng):
+    policy, reference = draw_two_heads(rng)
+    for _, _, table in (policy, reference):
+        table[:3, 0] = -np.inf
+    value, grad = jax.jit(jax.value_and_grad(lambda p: chunked_kl(p, reference, 2).sum()))(policy)
+    expected = kl_oracle(all_logits(*policy), all_logits(*reference))
+    assert_close(value, expected.sum(), CHUNK_OPS + CB * CR, 32 * CB)
+    assert all(np.isfinite(x).all() for x in grad)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_chunked_divergence_never_holds_all_logits(rng, gradient):
+    policy, reference = draw_two_heads(rng, **MEMORY_SHAPE)
+
+    def program(function):
+        return (jax.value_and_grad if gradient else lambda f: f)(lambda p: function(p, reference).sum())
+
+    in_chunks = program(functools.partial(chunked_kl, chunk_size=4))
+    assert max(sizes_in_jaxpr(jax.make_jaxpr(in_chunks)(policy).jaxpr)) < ALL_LOGITS
+    assert max(sizes_in_hlo(jax.jit(in_chunks).lower(policy).compile().as_text())) < ALL_LOGITS
+    assert max(sizes_in_jaxpr(jax.make_jaxpr(program(unchunked_kl))(policy).jaxpr)) >= ALL_LOGITS
+
+
+def test_chunked_divergence_refuses_states_of_other_positions(rng):
+    policy, (ref_hidden, *ref_head) = draw_two_heads(rng)
+    for wrong in (ref_hidden[:, :-1], ref_hidden[:-1]):
+        with pytest.raises(AssertionError):
+            chunked_kl(policy, (wrong, *ref_head), 3)

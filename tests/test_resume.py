@@ -1,6 +1,7 @@
 """Processes that end early, as planned or by SIGKILL at any moment: the run ends with the bits of one that did not.
 
-Real processes, started as a user starts them, and one test, since all of them are compared with the same run.
+Real processes, started as a user starts them, and one test of each kind, since all of its processes are compared with
+the same run.
 """
 
 import os
@@ -9,6 +10,7 @@ import subprocess
 import time
 
 import folders
+import pytest
 
 from ppo_jax.metrics import read_jsonl
 
@@ -20,11 +22,19 @@ CHANGES = (
     "--config.samples_every=1",
     "--config.checkpoint_every=1",
 )
+# All else that a state can hold: an adapter with its average, rollouts that wait, moments of the scores.
+CARRIED = (
+    "--config.lora.rank=2",
+    "--config.ppo.ema_decay=0.8",
+    "--config.ppo.stale_iterations=1",
+    "--config.ppo.importance=truncate",
+    "--config.ppo.score_scale=running",
+)
 ITERATIONS = 6
 
 
-def flags(world, workdir, iterations: int = ITERATIONS) -> list[str]:
-    return world.flags(*CHANGES, f"--config.num_iterations={iterations}", f"--workdir={workdir}")
+def flags(world, workdir, iterations: int = ITERATIONS, changes=()) -> list[str]:
+    return world.flags(*CHANGES, *changes, f"--config.num_iterations={iterations}", f"--workdir={workdir}")
 
 
 def check_same_run(ours, theirs) -> None:
@@ -38,7 +48,8 @@ def check_same_run(ours, theirs) -> None:
     assert sorted(os.listdir(ours / "checkpoints")) == sorted(os.listdir(theirs / "checkpoints"))
     for name in ("config.json", "samples.jsonl", "responses.jsonl", "results.json"):
         assert (ours / name).read_text() == (theirs / name).read_text(), name
-    assert folders.contents(ours / "policy") == folders.contents(theirs / "policy")
+    for name in ("policy", "adapter"):  # the second is empty where it is missing
+        assert folders.contents(ours / name) == folders.contents(theirs / name)
     assert set(os.listdir(ours)) == set(os.listdir(theirs)), "a kill left something behind"
 
 
@@ -85,14 +96,34 @@ def kill_at(moment: str, process: subprocess.Popen, workdir, wait: float) -> boo
     return running
 
 
-def test_what_ends_early_ends_with_the_same_bits(tmp_path, rng):
-    world = folders.make_world(tmp_path)
-    # The compiled programs of the first process are kept on the disk for those after it, but for the last one.
-    kept = {
+@pytest.fixture
+def kept(tmp_path) -> dict[str, str]:
+    """Keeps the compiled programs of a process on the disk for those after it."""
+    return {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
+
+
+def run_and_kill(world, workdir, moments, kept, rng, changes=()) -> list[str]:
+    """Starts a run and kills it at each of these moments; which of them came before its end."""
+    hit = []
+    for moment in moments:
+        process = folders.start_script(
+            "train_ppo.py",
+            flags(world, workdir, changes=changes),
+            env=kept,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait = rng.random() * (0.1 if moment == "an iteration" else 0.01)
+        hit += [moment] * kill_at(moment, process, workdir, wait)
+    return hit
+
+
+def test_what_ends_early_ends_with_the_same_bits(tmp_path, rng, kept):
+    world = folders.make_world(tmp_path)
     reference, workdir = tmp_path / "reference", tmp_path / "run"
     outcome = folders.run_script("train_ppo.py", flags(world, reference), env=kept)
     assert (outcome.status, outcome.err) == (0, "")
@@ -102,13 +133,7 @@ def test_what_ends_early_ends_with_the_same_bits(tmp_path, rng):
     # Two iterations as planned, and then more, killed in four starts.
     assert folders.run_script("train_ppo.py", flags(world, workdir, 2), env=kept).status == 0
     assert [row["iteration"] for row in read_jsonl(workdir / "metrics.jsonl")] == [0, 1]
-    hit = []
-    for moment in MOMENTS:
-        process = folders.start_script(
-            "train_ppo.py", flags(world, workdir), env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        wait = rng.random() * (0.1 if moment == "an iteration" else 0.01)
-        hit += [moment] * kill_at(moment, process, workdir, wait)
+    hit = run_and_kill(world, workdir, MOMENTS, kept, rng)
     assert len(hit) >= 2, hit
 
     # Compiled anew, to its end.
@@ -123,3 +148,19 @@ def test_what_ends_early_ends_with_the_same_bits(tmp_path, rng):
     assert "iteration " not in again.out
     assert again.out[again.out.index("# Results") :] == outcome.out[outcome.out.index("# Results") :]
     assert folders.contents(workdir) == before
+
+
+def test_all_that_is_carried_comes_back(tmp_path, rng, kept):
+    """Killed in an iteration: an adapter, averages, moments, and a rollout that waits."""
+    world = folders.make_world(tmp_path)
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    outcome = folders.run_script("train_ppo.py", flags(world, reference, changes=CARRIED), env=kept)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert run_and_kill(world, workdir, ["an iteration"], kept, rng, CARRIED) == ["an iteration"]
+    outcome = folders.run_script("train_ppo.py", flags(world, workdir, changes=CARRIED), env=kept)
+    assert (outcome.status, outcome.err) == (0, "")
+    check_same_run(workdir, reference)
+    state = folders.saved_state(workdir)
+    assert state.running.score_count == 8 * ITERATIONS
+    assert {name.rpartition("'lora_")[2][:1] for name in folders.bits(state) if name.startswith(".ema")} == {"a", "b"}
+    assert len(state.pending) == 1

@@ -1,5 +1,6 @@
 """A reward model as a judge: in the program and on text it says the same, and a run of PPO may have it either way."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 
 from experiments import train_ppo
+from experiments.rollouts import batch_of
 from experiments.settings import PPOExperiment
 from ppo_jax import hub
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import read_jsonl
 from ppo_jax.models import Decoder, ModelConfig, causal_mask, positions_of
-from ppo_jax.rewards import Judge, call_reward, check_score, load_host_reward, load_reward
-from ppo_jax.rewards.model import load_critic, load_scorer, make_model_score, make_text_score, with_eos
+from ppo_jax.rewards import call_reward, check_score, load_critic, load_host_reward, load_reward
+from ppo_jax.rewards.model import load_scorer, make_model_score, make_text_score, with_eos
+from ppo_jax.sharding import make_mesh, param_shardings
 from ppo_jax.tokenizers import SpecialTokens, decode_responses, encode_prompt, load_tokenizer, special_tokens
 from ppo_jax.types import Rollout
 
@@ -189,13 +192,12 @@ def test_a_model_with_the_policys_tokenizer_judges_in_the_program_what_it_judges
         tokenizer.add_special_tokens({"additional_special_tokens": ["▁,"]})  # token 25, which ends a turn
     spec = f"model:{save_judge(tmp_path / 'judge', tokenizer)}"
     special = SpecialTokens(PAD, eos_ids)
-    judge, host = load_reward(spec, tokenizer, special), load_host_reward(spec)
-    assert judge.host is None
+    judges, host = load_reward(spec, tokenizer, special), load_host_reward(spec)
     rows = random_rows(rng, 40, ends=eos_ids, last=25)
     rollout = rollout_of(rows)
     prompts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _ in rows]
     texts = decode_responses(tokenizer, np.asarray(rollout.tokens), np.asarray(rollout.mask), R)
-    scores = jax.jit(judge.score)(judge.params, rollout)
+    scores = jax.jit(judges.score)(judges.params, rollout).total
     here = [i for i, prompt in enumerate(prompts) if prompt]
     np.testing.assert_allclose(np.asarray(scores)[here], np.asarray(host(prompts, texts))[here], atol=1e-5)
     assert np.std(scores) > 0.1
@@ -206,11 +208,11 @@ def test_an_end_that_was_chosen_for_the_policy_is_none_of_the_reward_models(tmp_
     spec = f"model:{save_judge(tmp_path / 'judge')}"
     policys = folders.word_tokenizer()
     special = special_tokens(policys, eos_token="▁.")
-    judge, host = load_reward(spec, policys, special), load_host_reward(spec)
+    judges, host = load_reward(spec, policys, special), load_host_reward(spec)
     rollout = rollout_of([([BOS, 5, 6], [8, 9, *special.eos_ids]), ([BOS, 5, 6], [8] * R)])
     texts = decode_responses(policys, np.asarray(rollout.tokens), np.asarray(rollout.mask), R)
     expected = host([policys.decode([5, 6])] * 2, texts)
-    np.testing.assert_allclose(judge.score(judge.params, rollout), expected, atol=1e-5)
+    np.testing.assert_allclose(judges.score(judges.params, rollout).total, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -224,19 +226,44 @@ def test_an_end_that_was_chosen_for_the_policy_is_none_of_the_reward_models(tmp_
 )
 def test_a_model_with_a_tokenizer_of_its_own_judges_text(tmp_path, tokenizer, other):
     spec = f"model:{save_judge(tmp_path / 'judge', other)}"
-    judge = load_reward(spec, tokenizer, SpecialTokens(PAD, (EOS,)))
-    assert (judge.score, judge.params) == (None, ())
+    judges = load_reward(spec, tokenizer, SpecialTokens(PAD, (EOS,)))
+    assert (judges.score, judges.params) == (None, ((),))
     texts = ["the cat", "a film"], [" was good", " sat"]
-    assert judge.host(*texts) == load_host_reward(spec)(*texts)
+    scores = judges.judge(*texts, [{}, {}], rollout_of([([5], [6]), ([7], [8])])).total
+    np.testing.assert_array_equal(scores, np.float32(load_host_reward(spec)(*texts)))
     config, params, _, _ = load_scorer(tmp_path / "judge")
     ids = encode_prompt(other, "the cat was good")
-    np.testing.assert_allclose(judge.host(*texts)[0], by_hand(config, params, [[*ids, EOS]]), atol=1e-5)
+    np.testing.assert_allclose(scores[0], by_hand(config, params, [[*ids, EOS]])[0], atol=1e-5)
+
+
+def test_two_models_of_which_one_reads_text(rng, tmp_path, tokenizer):
+    """The one with the policy's tokenizer reads the tokens, on all devices; the other one and VADER read the words."""
+    other = folders.word_tokenizer(reversed(folders.WORDS))
+    same, apart = (save_judge(tmp_path / name, one) for name, one in (("same", tokenizer), ("apart", other)))
+    judges = load_reward(f"model:{same}*0.5,model:{apart}*-2,vader", tokenizer, SpecialTokens(PAD, (EOS,)))
+    assert judges.score is None
+    assert judges.names == ("same", "apart", "vader")
+    mesh = make_mesh(2, 2, 2)
+    judges = judges._replace(params=jax.device_put(judges.params, param_shardings(mesh, judges.params)))
+    kernel = judges.params[0]["decoder"]["layer_0"]["mlp"]["up"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    rows = random_rows(rng, 8)
+    rollout = rollout_of([([BOS, 5], response) for _, response in rows])
+    prompt = tokenizer.decode([5])
+    texts = decode_responses(tokenizer, np.asarray(rollout.tokens), np.asarray(rollout.mask), R)
+    scores = judges.judge([prompt] * 8, texts, [{}] * 8, rollout)
+    said = {name: np.array(load_host_reward(spec)([prompt] * 8, texts)) for name, spec in (
+        ("same", f"model:{same}"), ("apart", f"model:{apart}"), ("vader", "vader")
+    )}  # fmt: skip
+    for name in said:
+        np.testing.assert_allclose(scores.parts[name], said[name], atol=1e-5)
+    np.testing.assert_allclose(scores.total, 0.5 * said["same"] - 2 * said["apart"] + said["vader"], atol=1e-5)
 
 
 def test_without_the_policys_ends_a_model_judges_text(tmp_path, tokenizer):
     """Who asks for a judge of text gets one, whatever its tokenizer."""
     spec = f"model:{save_judge(tmp_path / 'judge')}"
-    assert load_reward(spec, tokenizer).host is not None
+    assert load_reward(spec, tokenizer).members[0].host is not None
     scores = call_reward(load_host_reward(spec), ["the cat"] * 3, [" sat", " was bad", ""], [{"label": 1}] * 3)
     assert scores.shape == (3,)
     assert len(set(scores.tolist())) == 3
@@ -305,11 +332,10 @@ def test_a_score_is_tried_on_shapes_before_the_start(tmp_path, tokenizer):
     special = SpecialTokens(PAD, (EOS,))
     config = folders.gpt2_config(26, tie_embeddings=True, max_positions=12)
     spec = f"model:{save_judge(tmp_path / 'judge', config=config)}"
-    judge = load_reward(spec, tokenizer, special)
-    check_score(spec, judge, 8, 6, 5)  # 11 tokens and EOS
+    judges = load_reward(f"vader,{spec}", tokenizer, special)
+    assert check_score(spec, judges, 8, 6, 5).parts["judge"].shape == (8,)  # 11 tokens and EOS
     with pytest.raises(InputError, match=rf"config.reward: {spec}: .*got 13 tokens.*at most the model's 12 positions"):
-        check_score(spec, judge, 8, 6, 6)
-    check_score("vader", Judge(lambda *_: pytest.fail("it was called")), 8, 6, 6)  # on the host there are no shapes
+        check_score(spec, judges, 8, 6, 6)
 
 
 # Whole runs
@@ -432,8 +458,8 @@ def test_a_critic_from_the_reward_model(judges, tmp_path, start, monkeypatch):
     assert abs(rows[0]["objective/kl"]) < 1e-4
 
     settings = json.loads((whole / "config.json").read_text())
-    parts_of = {name: type(getattr(PPOExperiment(), name))(**settings.pop(name)) for name in ("ppo", "mesh")}
-    setup = prepare(PPOExperiment(**settings, **parts_of))
+    parts_of = {name: type(getattr(PPOExperiment(), name))(**x) for name, x in settings.items() if isinstance(x, dict)}
+    setup = prepare(PPOExperiment(**settings | parts_of))
     check_first_values(setup, judges.same)
     trained = folders.saved_state(whole).params
     before = setup.state.params
@@ -457,7 +483,7 @@ def test_a_critic_from_the_reward_model(judges, tmp_path, start, monkeypatch):
 def check_first_values(setup, folder) -> None:
     """Value t is the score of the prompt and the first t tokens, read without padding and without an EOS."""
     config, params = hub.load_reward_model(folder)
-    rollout = setup.step.act(setup.state, train_ppo.batch_of(setup, setup.prompts, np.arange(8)))
+    rollout = setup.step.act(setup.state, setup.ref_params, batch_of(setup, setup.prompts, np.arange(8)))
     tokens, mask, values = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.values))
     here = np.asarray(rollout.response_mask)
     states = [tokens[row, : 8 + t][mask[row, : 8 + t]] for row, t in np.argwhere(here)]
@@ -467,17 +493,63 @@ def check_first_values(setup, folder) -> None:
     assert np.all(values[~here] == 0)
 
 
-def test_a_critic_of_another_reward_model_than_the_judge(judges):
+def assert_same(found, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_critic_from_a_reward_model_by_its_folder_or_by_the_judge(judges):
     policy, tokenizer = hub.load_config(judges.policy), load_tokenizer(judges.policy)
-    critic = load_critic(str(judges.same), "vader", policy, tokenizer)
     loaded = hub.load_reward_model(judges.same)[1]
-    jax.tree.map(np.testing.assert_array_equal, critic, loaded)
-    same = load_critic("reward", f"model:{judges.same}", policy, tokenizer)
-    jax.tree.map(np.testing.assert_array_equal, same, loaded)
+    head = loaded["score_head"] | {"bias": np.zeros(1, np.float32)}
+    expected = {"critic": loaded["decoder"], "value_head": head}
+    assert np.any(head["kernel"])
+    assert_same(load_critic(str(judges.same), "vader", policy, tokenizer, {}), expected)
+    reward = f"vader*0.1,model:{judges.same}*-2"
+    assert_same(load_critic("reward", reward, policy, tokenizer, {}), expected)
+    # What is the policy's own does not count: its projection onto words, its adapter.
+    policy = dataclasses.replace(policy, lora_scale=2.0, tie_embeddings=False)
+    assert_same(load_critic(str(judges.same), "vader", policy, tokenizer, {}), expected)
     # One that would read the policy's tokens as other words.
     other = folders.word_tokenizer(reversed(folders.WORDS))
     with pytest.raises(InputError, match=r"config.critic: got .*, expected a reward model with the policy's tokenizer"):
-        load_critic(str(judges.same), "vader", policy, other)
+        load_critic(str(judges.same), "vader", policy, other, {})
+    told = r"config.reward: got .*, expected model:FOLDER, with critic=reward, and no second one"
+    for none_or_two in ("vader", f"model:{judges.same},model:{judges.other}"):
+        with pytest.raises(InputError, match=told):
+            load_critic("reward", none_or_two, policy, tokenizer, {})
+
+
+def test_a_critic_from_the_policy_is_a_copy_of_its_trunk(judges):
+    policy, tokenizer = hub.load_config(judges.policy), load_tokenizer(judges.policy)
+    decoder = jax.tree.map(jnp.asarray, hub.load_params(judges.policy, policy))
+    decoder["lm_head"] = {"kernel": jnp.ones((policy.width, policy.vocab_size))}
+    critic = load_critic("policy", "vader", policy, tokenizer, decoder)
+    del decoder["lm_head"]
+    zeros = {"kernel": np.zeros((policy.width, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    assert_same(critic, {"critic": decoder, "value_head": zeros})
+    kept = jax.device_get(decoder)
+    jax.tree.map(lambda x: x.delete(), critic)  # as a train step does with what it is given
+    assert_same(decoder, kept)
+
+
+def test_a_critic_that_was_saved_comes_back_with_its_head(judges, tmp_path, rng):
+    policy, tokenizer = hub.load_config(judges.policy), load_tokenizer(judges.policy)
+    critic = load_critic(str(judges.same), "vader", policy, tokenizer, {})
+    trained = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), critic)
+    model = {"decoder": trained["critic"], "score_head": {"kernel": trained["value_head"]["kernel"]}}
+    shape = dataclasses.replace(policy, tie_embeddings=True)
+    hub.save_reward_model(tmp_path / "critic", model, shape, tokenizer, eos_ids=(EOS,), pad_id=PAD)
+    hub.save_value_head(tmp_path / "critic", trained["value_head"])
+    assert_same(load_critic(str(tmp_path / "critic"), "vader", policy, tokenizer, {}), trained)
+    assert trained["value_head"]["bias"] != 0
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_a_critic_has_the_policys_precision_and_a_head_of_full(judges, param_dtype):
+    policy = hub.load_config(judges.policy, dtype="bfloat16", param_dtype=param_dtype)
+    critic = load_critic(str(judges.same), "vader", policy, load_tokenizer(judges.policy), {})
+    assert {str(x.dtype) for x in jax.tree.leaves(critic["critic"])} == {param_dtype}
+    assert {str(x.dtype) for x in jax.tree.leaves(critic["value_head"])} == {"float32"}
 
 
 def test_a_critic_that_does_not_fit_is_refused(judges, tmp_path, capsys):

@@ -303,7 +303,7 @@ def test_a_fresh_state(rng):
     params, tx = random_params(rng), optax.adam(1e-3)
     key = jax.random.key(3)
     state = fresh_state(params, tx, key)
-    assert (state.step, state.kl_coef) == (0, 0)
+    assert (state.step, state.running.kl_coef) == (0, 0)
     chex.assert_trees_all_equal(state.params, params)
     chex.assert_trees_all_equal(state.opt_state, tx.init(params))
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(key))

@@ -13,7 +13,17 @@ import pytest
 from experiments import reviews
 from experiments.corpus import train_tokenizer
 from ppo_jax.errors import InputError
-from ppo_jax.rewards import RewardError, call_reward, load_host_reward, load_reward, make_lexicon_score, sentiment
+from ppo_jax.rewards import (
+    RewardError,
+    call_reward,
+    check_score,
+    load_host_reward,
+    load_reward,
+    make_lexicon_score,
+    sentiment,
+)
+from ppo_jax.rewards.combined import Judge, judge_in_jax, make_judges
+from ppo_jax.rewards.registry import split_judges
 from ppo_jax.types import Rollout
 
 PROMPTS, ANSWERS = ["the cat", "a dog", "the film"], [" sat", " was good", ""]
@@ -236,7 +246,7 @@ def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, tokenizer)
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(InputError, match=r'config\.reward: .*pip install -e "\.\[eval\]"'):
-        load_reward("vader", tokenizer)
+        load_reward("vader*0.5,vader", tokenizer)
     sentiment._analyzer.cache_clear()
 
 
@@ -258,15 +268,20 @@ def reward_file(tmp_path):
 
 
 def test_vader_is_found_by_its_name(tokenizer):
-    assert load_reward("vader", tokenizer) == (sentiment.vader, None, ())
+    judges = load_reward("vader", tokenizer)
+    assert (judges.names, judges.weights, judges.params) == (("vader",), (1.0,), ((),))
+    assert judges.members[0].host is sentiment.vader
+    assert judges.score is judges.members[0].score is None
 
 
 def test_a_function_in_a_file(reward_file, tokenizer, monkeypatch):
-    reward, score, _ = load_reward(f"{reward_file}:count_good", tokenizer)
-    assert score is None
-    assert call_reward(reward, ["a", "b"], [" good cat kind", ""], [{}, {}]).tolist() == [0.5, 0]
+    judges = load_reward(f"{reward_file}:count_good", tokenizer)
+    assert judges.score is None
+    assert judges.names == ("count_good",)
+    rollout = rollout_of(tokenizer, [["a"], ["a"]], [["good", "cat", "kind"], []])
+    assert judges.judge(["a", "a"], [" good cat kind", ""], [{}, {}], rollout).total.tolist() == [0.5, 0]
     monkeypatch.chdir(reward_file.parent)
-    assert load_reward("my_rewards.py:count_good", tokenizer)[0].__name__ == "count_good"
+    assert load_host_reward("my_rewards.py:count_good").__name__ == "count_good"
 
 
 def test_a_dataclass_in_the_file_works(tmp_path, tokenizer):
@@ -294,23 +309,24 @@ def test_a_file_finds_its_neighbours(tmp_path, tokenizer):
     (tmp_path / "mine.py").write_text(
         "from my_neighbour import WEIGHT\n\ndef judge(prompts, completions, **columns):\n    return [WEIGHT]\n"
     )
-    assert load_reward(f"{tmp_path / 'mine.py'}:judge", tokenizer)[0](["a"], ["b"]) == [3.0]
+    assert load_host_reward(f"{tmp_path / 'mine.py'}:judge")(["a"], ["b"]) == [3.0]
     sys.modules.pop("my_neighbour")
 
 
 def test_a_function_in_a_module(tokenizer):
-    assert load_reward("ppo_jax.rewards.sentiment:vader", tokenizer) == (sentiment.vader, None, ())
+    assert load_host_reward("ppo_jax.rewards.sentiment:vader") is sentiment.vader
 
 
 def test_a_score_in_jax_from_a_file_and_from_a_module(reward_file, tokenizer, monkeypatch):
     monkeypatch.chdir(reward_file.parent)
-    reward, score, params = load_reward(f"jax:{reward_file}:score_good", tokenizer)
-    assert reward is None
+    judges = load_reward(f"jax:{reward_file}:score_good", tokenizer)
+    assert judges.members[0].host is None
     row = rollout_of(tokenizer, [["the"]], [["good", "cat", "kind"]])
-    np.testing.assert_allclose(jax.jit(score)(params, row), [0.5])
-    reward, score, _ = load_reward("jax:my_rewards:score_good", tokenizer)
-    assert reward is None
-    np.testing.assert_allclose(score((), row), [0.5])
+    scores = jax.jit(judges.score)(judges.params, row)
+    np.testing.assert_allclose(scores.total, [0.5])
+    assert (scores.tokens, scores.parts, scores.greedy) == (None, {}, None)
+    judges = load_reward("jax:my_rewards:score_good", tokenizer)
+    np.testing.assert_allclose(judges.score(judges.params, row).total, [0.5])
 
 
 @pytest.mark.parametrize(
@@ -363,6 +379,237 @@ def test_a_function_that_cannot_make_its_score_is_told(tmp_path, tokenizer):
     path.write_text("def make(tokenizer):\n    raise RuntimeError('no weights\\nhere')\n")
     with pytest.raises(InputError, match=r"config\.reward: .*RuntimeError: no weights"):
         load_reward(f"jax:{path}:make", tokenizer)
+
+
+# Several judges
+
+JUDGES = """
+import jax.numpy as jnp
+
+GOOD = ("good", "fine", "great", "kind")
+
+
+def length(tokenizer):
+    return lambda rollout: jnp.sum(rollout.response_mask, axis=1)  # integers
+
+
+def each_good(tokenizer):
+    ids = jnp.array([tokenizer.encode(" " + word, add_special_tokens=False)[0] for word in GOOD])
+    return lambda rollout: jnp.where(rollout.response_mask, jnp.isin(rollout.response_tokens, ids) * 1.0, jnp.nan)
+
+
+def share(prompts, completions, **columns):
+    return [len(text.split()) / (2 * len(prompt.split())) for prompt, text in zip(prompts, completions)]
+"""
+
+
+@pytest.fixture
+def judge_file(tmp_path):
+    path = tmp_path / "judges.py"
+    path.write_text(JUDGES)
+    return path
+
+
+WORDS = [["the", "cat"], ["a"]], [["good", "cat", "kind"], ["good", "good"]]
+TEXTS = ["the cat", "a"], [" good cat kind", " good good"], [{}, {}]
+
+
+def test_golden_of_four_judges_on_the_host(judge_file, tokenizer):
+    spec = f"jax:{judge_file}:length*-0.25, jax:{judge_file}:each_good*2,{judge_file}:share,{judge_file}:share * 0.5"
+    judges = load_reward(spec, tokenizer)
+    assert judges.score is None
+    assert judges.names == ("length", "each_good", "share", "share_2")
+    assert judges.weights == (-0.25, 2, 1, 0.5)
+    scores = judges.judge(*TEXTS, rollout_of(tokenizer, *WORDS, length=4))
+    # Lengths 3 and 2; shares 3 / (2 x 2) = 0.75 and 2 / (2 x 1) = 1.
+    # -0.25 x 3 + 1 x 0.75 + 0.5 x 0.75 = 0.375, and -0.25 x 2 + 1 x 1 + 0.5 x 1 = 1
+    assert scores.total.tolist() == [0.375, 1]
+    # Good are the tokens 1 and 3 of the first, both of the second; each counts 2; what is masked is 0, not NaN.
+    assert scores.tokens.tolist() == [[2, 0, 2, 0], [2, 2, 0, 0]]
+    said = {name: part.tolist() for name, part in scores.parts.items()}
+    assert said == {"length": [3, 2], "each_good": [2, 2], "share": [0.75, 1], "share_2": [0.75, 1]}
+    assert scores.greedy is None
+    arrays = jax.tree.leaves(scores)
+    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in arrays)
+
+
+def test_golden_of_two_judges_in_the_program(judge_file, tokenizer):
+    judges = load_reward(f"jax:{judge_file}:each_good*0.5,jax:{judge_file}:length*3", tokenizer)
+    rollout = rollout_of(tokenizer, *WORDS, length=4)
+    once = jax.jit(chex.assert_max_traces(judges.score, n=1))
+    for _ in range(2):
+        scores = once(judges.params, rollout)
+    assert scores.total.tolist() == [9, 6]
+    assert scores.tokens.tolist() == [[0.5, 0, 0.5, 0], [0.5, 0.5, 0, 0]]
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {"each_good": [2, 2], "length": [3, 2]}
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(scores))
+    # On the host the same judges say the same.
+    chex.assert_trees_all_equal(judges.judge(*TEXTS, rollout), jax.device_get(scores))
+
+
+def test_one_judge_of_tokens_leaves_the_whole_at_zero(judge_file, tokenizer):
+    judges, rollout = load_reward(f"jax:{judge_file}:each_good", tokenizer), rollout_of(tokenizer, *WORDS, length=4)
+    for scores in (jax.jit(judges.score)(judges.params, rollout), judges.judge(*TEXTS, rollout)):
+        assert scores.total.tolist() == [0, 0]
+        assert scores.tokens.tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]
+        assert scores.parts == {}
+
+
+def random_judges(rng, batch_size: int, response_length: int, kinds: str):
+    """Judges that say random numbers: h on the host, j in JAX, t in JAX for each token; and what they say."""
+    members, said = [], []
+    for kind in kinds:
+        shape = (batch_size, response_length) if kind == "t" else (batch_size,)
+        numbers = rng.normal(size=shape).astype(np.float32)
+        of_text = Judge(host=lambda *_, numbers=numbers, **__: numbers.tolist())
+        members.append(of_text if kind == "h" else judge_in_jax(lambda numbers, rollout: numbers))
+        said.append(numbers)
+    params = [() if kind == "h" else numbers for kind, numbers in zip(kinds, said, strict=True)]
+    weights = rng.normal(size=len(kinds)).tolist()
+    return make_judges([f"judge{i}" for i in range(len(kinds))], weights, members, params), said
+
+
+@pytest.mark.parametrize("kinds", ["jj", "tt", "jt", "hh", "hj", "ht", "hjt", "tjhjt", "h", "j", "t"])
+def test_the_sums_are_those_of_plain_loops(rng, kinds):
+    size, length = 4, 3
+    judges, said = random_judges(rng, size, length, kinds)
+    mask = rng.random((size, length)) < 0.6
+    rollout = Rollout(jnp.zeros((size, length), jnp.int32), jnp.asarray(mask), *[jnp.zeros((size, length))] * 2)
+    found = [judges.judge(["p"] * size, ["c"] * size, [{}] * size, rollout)]
+    assert (judges.score is None) == ("h" in kinds)
+    if judges.score:
+        found.append(jax.jit(judges.score)(judges.params, rollout))
+    total, tokens = np.zeros(size), np.zeros((size, length))
+    parts = {f"judge{i}": np.zeros(size) for i in range(len(kinds))}
+    for number, kind in enumerate(kinds):
+        for row in range(size):
+            if kind != "t":
+                total[row] += judges.weights[number] * said[number][row]
+                parts[f"judge{number}"][row] = said[number][row]
+                continue
+            for place in range(length):
+                if mask[row, place]:
+                    tokens[row, place] += judges.weights[number] * said[number][row, place]
+                    parts[f"judge{number}"][row] += said[number][row, place]
+    for scores in found:
+        np.testing.assert_allclose(scores.total, total, atol=1e-5)
+        assert (scores.tokens is None) == ("t" not in kinds)
+        if scores.tokens is not None:
+            np.testing.assert_allclose(scores.tokens, tokens, atol=1e-5)
+        assert scores.parts.keys() == (parts.keys() if len(kinds) > 1 else set())
+        for name, part in scores.parts.items():
+            np.testing.assert_allclose(part, parts[name], atol=1e-5)
+    # What is known of them beforehand is what they give.
+    shapes = check_score("these", judges, size, 0, length)
+    assert jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), shapes) == jax.tree.map(
+        lambda x: (x.shape, np.dtype(x.dtype)), found[0]
+    )
+
+
+def test_parameters_are_given_with_each_call(rng):
+    judges, (numbers, _) = random_judges(rng, 2, 3, "jh")
+    row = Rollout(jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool), *[jnp.zeros((2, 3))] * 2)
+    others = judges._replace(params=(numbers + 1, ()))
+    before, after = (one.judge(["p"] * 2, ["c"] * 2, [{}] * 2, row) for one in (judges, others))
+    np.testing.assert_allclose(after.total - before.total, [judges.weights[0]] * 2, atol=1e-5)
+
+
+def test_a_weight_of_zero_logs_only(reward_file, tokenizer):
+    """Also a judge that says NaN: nothing is learned from it."""
+    spec = f"jax:{reward_file}:score_good,jax:{reward_file}:score_nan*0"
+    judges, rollout = load_reward(spec, tokenizer), rollout_of(tokenizer, *WORDS)
+    scores = jax.jit(judges.score)(judges.params, rollout)
+    assert scores.total.tolist() == [0.5, 0.5]
+    assert np.isnan(scores.parts["score_nan"]).all()
+
+
+def test_of_several_judges_the_one_that_fails_is_told(reward_file, tokenizer):
+    """What JAX says is for the guard in the program; what a judge of texts says is refused here."""
+    rollout = rollout_of(tokenizer, *WORDS)
+    judges = load_reward(f"jax:{reward_file}:score_nan,{reward_file}:count_good", tokenizer)
+    assert np.isnan(judges.judge(*TEXTS, rollout).total).all()
+    for name in ("raises", "too_few"):
+        judges = load_reward(f"{reward_file}:count_good,{reward_file}:{name}*0,jax:{reward_file}:score_good", tokenizer)
+        with pytest.raises(RewardError, match=f"^reward {name}: "):
+            judges.judge(*TEXTS, rollout)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("vader", [("vader", 1)]),
+        (" vader * 2 ", [("vader", 2)]),
+        ("model:runs/rm*-1e-2,vader", [("model:runs/rm", -0.01), ("vader", 1)]),
+        ("http://h:1/a*b*0.5,jax:m:f*+3", [("http://h:1/a*b", 0.5), ("jax:m:f", 3)]),
+        ("a*0,b*1", [("a", 0), ("b", 1)]),
+        ("", [("", 1)]),
+    ],
+)
+def test_a_list_of_judges(spec, expected):
+    assert split_judges(spec) == expected
+
+
+@pytest.mark.parametrize("spec", ["vader*", "vader*two", "vader*nan", "vader*inf", "vader,vader*1;2", "*", "a*b"])
+def test_a_weight_that_is_no_number_is_refused(spec, tokenizer):
+    bad = spec.rpartition(",")[2]
+    with pytest.raises(InputError) as error:
+        load_reward(spec, tokenizer)
+    assert str(error.value) == f"config.reward: got {bad!r}, expected a finite number after the *"
+
+
+def test_a_judge_that_counts_nothing_is_no_judge(tokenizer):
+    with pytest.raises(InputError, match=r"got 'vader\*0,vader\*-0.0', expected a weight other than 0"):
+        load_reward("vader*0,vader*-0.0", tokenizer)
+
+
+@pytest.mark.parametrize("spec", ["vader,", ",vader", "vader,,vader"])
+def test_an_empty_place_in_a_list_is_told(spec, tokenizer):
+    with pytest.raises(InputError, match="got '', expected one of vader, "):
+        load_reward(spec, tokenizer)
+
+
+def test_names_are_short_and_different(tokenizer, judge_file):
+    other = judge_file.parent / "other.py"
+    other.write_text("def share_2(prompts, completions, **columns): ...\n")
+    share, web = f"{judge_file}:share", "http://127.0.0.1:8000/v1/score?key=secret"
+    judges = load_reward(f"{share},{share},{other}:share_2,jax:{judge_file}:length,{web}", tokenizer)
+    assert judges.names == ("share", "share_2", "share_2_2", "length", "127.0.0.1_8000_v1_score")
+
+
+SHAPES = {
+    "fits": ("(2,)", None),
+    "fits each token": ("(2, 4)", None),
+    "one for all": ("()", r"shape: got \(\), expected \(2,\), one score a response, or \(2, 4\), one a token"),
+    "column": ("(2, 1)", r"shape: got \(2, 1\), expected "),
+    "turned": ("(4, 2)", r"shape: got \(4, 2\), expected "),
+    "with the prompt": ("(2, 7)", r"shape: got \(2, 7\), expected "),
+    "more": ("(2, 4, 1)", r"shape: got \(2, 4, 1\), expected "),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_score_of_a_wrong_shape_is_refused_before_the_start(name, tmp_path, tokenizer):
+    shape, told = SHAPES[name]
+    path = tmp_path / "shaped.py"
+    path.write_text(f"import jax.numpy as jnp\n\ndef make(tokenizer):\n    return lambda row: jnp.zeros({shape})\n")
+    spec = f"jax:{path}:make"
+    for one, where in ((spec, ""), (f"vader,{spec}*2", "make: ")):
+        judges = load_reward(one, tokenizer)
+        if told is None:
+            scores = check_score(one, judges, 2, 3, 4)
+            assert scores.total.shape == (2,)
+            assert scores.tokens is None or scores.tokens.shape == (2, 4)
+            continue
+        with pytest.raises(InputError, match=rf"^config\.reward: .*make.*: {where}{told}"):
+            check_score(one, judges, 2, 3, 4)
+
+
+def test_a_score_that_is_no_program_is_refused_before_the_start(tmp_path, tokenizer):
+    path = tmp_path / "no_program.py"
+    path.write_text("def make(tokenizer):\n    return lambda rollout: [float(x) for x in rollout.tokens[:, 0]]\n")
+    judges = load_reward(f"jax:{path}:make", tokenizer)
+    with pytest.raises(InputError, match=r"^config\.reward: mine: ConcretizationTypeError: "):
+        check_score("mine", judges, 2, 3, 4)
 
 
 # Word lists

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import running
 
-from ppo_jax.checkpoint import CheckpointError
+from ppo_jax.checkpoint import Checkpointer, CheckpointError
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import JsonlWriter, read_jsonl, write_jsonl
-from ppo_jax.runs import RunError, open_run, refuse_non_finite, resume, write_json
-from ppo_jax.types import TrainState
+from ppo_jax.runs import RunError, open_run, refuse_non_finite, resume, save_broken, write_json
+from ppo_jax.types import Experience, Scores, TrainState
 
 CONFIG = {
     "model": "x",
@@ -183,7 +184,8 @@ def test_json_stays_readable(tmp_path):
 
 def train_state(step: int, size: int = 3) -> TrainState:
     params = {"dense": jnp.full(size, float(step))}
-    return TrainState(jnp.int32(step), params, {"mu": 2 * params["dense"]}, jax.random.key(step), jnp.float32(0.5))
+    opt_state = {"mu": 2 * params["dense"]}
+    return TrainState(jnp.int32(step), params, opt_state, jax.random.key(step), running(0.5))
 
 
 def entered(folder, total: int = 9, config=CONFIG, may_change=(), keep: int = 2, size: int = 3):
@@ -298,3 +300,43 @@ def test_what_is_no_number_ends_a_run(loss):
     refuse_non_finite({"loss": 0.0}, "step 3", "lower config.lr")
     with pytest.raises(RunError, match=r"step 3: loss: got .*, expected a finite number: lower config.lr"):
         refuse_non_finite({"accuracy": 0.5, "loss": loss}, "step 3", "lower config.lr")
+
+
+# Iterations that held something that is not finite
+
+
+def broken_iteration(rng, step: int, scores: Scores):
+    """(the state after an iteration, its experience, what the judges said)."""
+    numbers = [jnp.asarray(rng.normal(size=(2, 3)), jnp.float32) for _ in range(4)]
+    tokens, mask = jnp.asarray(rng.integers(0, 9, (2, 5)), jnp.int32), jnp.ones((2, 5), bool)
+    return train_state(step), Experience(tokens, mask, *numbers, importance=jnp.full((2, 3), jnp.inf)), scores
+
+
+def test_a_broken_iteration_is_kept_whole(tmp_path, rng):
+    scores = Scores(jnp.array([jnp.nan, 1.0]), tokens=jnp.zeros((2, 3)), parts={"taste": jnp.array([jnp.nan, 2.0])})
+    state, experience, _ = broken_iteration(rng, 8, scores)
+    folder = save_broken(tmp_path, state, experience, scores)
+    assert folder == tmp_path / "broken" / "000007"  # the iteration, counted from 0
+    with np.load(folder / "batch.npz") as saved:
+        kept = dict(saved)
+    there = "tokens mask logprobs values advantages returns importance".split()
+    assert set(kept) >= {*there, "scores_total", "scores_tokens"}
+    assert not {"ref_logprobs", "ref_hidden", "scores_greedy"} & set(kept)  # there were none
+    for name in there:
+        np.testing.assert_array_equal(kept[name], getattr(experience, name))
+    np.testing.assert_array_equal(kept["scores_total"], scores.total)
+    checkpoints = Checkpointer(folder / "state")
+    restored = checkpoints.restore(train_state(0))
+    checkpoints.close()
+    chex.assert_trees_all_equal(restored.replace(key=0), state.replace(key=0))
+
+
+def test_the_newest_broken_iterations_stay(tmp_path, rng):
+    for step in (1, 5, 12, 30):
+        save_broken(tmp_path, *broken_iteration(rng, step, Scores(jnp.ones(2))), most=2)
+    assert sorted(os.listdir(tmp_path / "broken")) == ["000011", "000029"]
+    # The same one again, after a restart, say: it stays, and so does the other.
+    save_broken(tmp_path, *broken_iteration(rng, 30, Scores(jnp.zeros(2))), most=2)
+    assert sorted(os.listdir(tmp_path / "broken")) == ["000011", "000029"]
+    with np.load(tmp_path / "broken" / "000029" / "batch.npz") as saved:
+        np.testing.assert_array_equal(saved["scores_total"], [0, 0])

@@ -21,7 +21,7 @@ from small import GPT2, LLAMA, MODELS, PAD, V, full_pass, left_padded, policy_lo
 
 from ppo_jax.errors import InputError
 from ppo_jax.models import ActorCritic
-from ppo_jax.sampling import SamplingConfig, draw, filter_logits, generate, policy_logits
+from ppo_jax.sampling import SamplingConfig, draw, ends_response, filter_logits, generate, policy_logits
 from ppo_jax.types import Prompts
 
 TOLERANCE = 1e-5
@@ -198,13 +198,14 @@ def sampled(config, sampling):
 
 
 def assert_well_formed(rollout, prompts, sampling) -> None:
-    """Prompt kept; response masked up to and with its first EOS; pad tokens, logprob 0 and value 0 after it."""
+    """Prompt kept; response masked up to and with its first end; pad tokens, logprob 0 and value 0 after it."""
     width = prompts.tokens.shape[1]
     np.testing.assert_array_equal(rollout.tokens[:, :width], prompts.tokens)
     np.testing.assert_array_equal(rollout.mask[:, :width], prompts.mask)
     rows = zip(rollout.response_tokens, rollout.response_mask, rollout.logprobs, rollout.values, strict=True)
     for tokens, mask, logprobs, values in (map(np.asarray, row) for row in rows):
-        ends = np.flatnonzero(np.isin(tokens[mask], sampling.eos_ids))
+        cut = (tokens[mask] == sampling.truncate_id) & (np.arange(mask.sum()) >= sampling.truncate_after)
+        ends = np.flatnonzero(np.isin(tokens[mask], sampling.eos_ids) | cut)
         length = ends[0] + 1 if ends.size else sampling.max_new_tokens
         np.testing.assert_array_equal(mask, np.arange(sampling.max_new_tokens) < length)
         assert np.all(tokens[length:] == sampling.pad_id)
@@ -407,6 +408,72 @@ def test_no_eos_comes_before_its_time_however_likely(temperature, rng):
     np.testing.assert_array_equal(tokens[:, 2:], [[1, 7, 7]] * 4)
 
 
+# The truncation token.
+
+
+def test_the_truncation_token_ends_a_response_from_its_place_on(rng):
+    script = [[5, 9, 9, 9, 9, 9], [9, 9, 5, 9, 9, 9], [9, 5, 9, 9, 5, 9], [9, 1, 9, 5, 9, 9], [9, 9, 9, 9, 9, 9]]
+    rollout, passes = recite(script, rng, truncate_id=5, truncate_after=2)
+    expected = [[5, 9, 9, 9, 9, 9], [9, 9, 5, 7, 7, 7], [9, 5, 9, 9, 5, 7], [9, 1, 7, 7, 7, 7], [9, 9, 9, 9, 9, 9]]
+    np.testing.assert_array_equal(rollout.response_tokens, expected)
+    np.testing.assert_array_equal(rollout.response_mask.sum(1), [6, 3, 5, 2, 6])
+    assert passes == 6
+
+
+def test_a_batch_of_truncated_responses_is_not_decoded_on(rng):
+    rollout, passes = recite([[9, 5, 9, 9, 9], [9, 9, 5, 9, 9]], rng, truncate_id=5)
+    np.testing.assert_array_equal(rollout.response_mask.sum(1), [2, 3])
+    assert passes == 3  # the prompt, and one for each of tokens 2 and 3
+
+
+def test_min_new_tokens_holds_back_eos_and_not_the_truncation_token(rng):
+    rollout, _ = recite([[1, 5, 9, 9], [1, 1, 1, 1]], rng, truncate_id=5, min_new_tokens=3)
+    assert rollout.response_tokens[0, 1] == 5
+    np.testing.assert_array_equal(rollout.response_mask.sum(1), [2, 4])
+
+
+def test_cutting_while_sampling_is_cutting_afterwards(rng, key):
+    """Same keys, same tokens; a loop over the finished responses says where they end."""
+    params, prompts = random_params(rng, LLAMA), left_padded(rng, SIZES, 5)
+    plain = SamplingConfig(R, (1,), PAD)
+    whole = sampled(LLAMA, plain)(params, prompts, key)
+    cut_id = int(np.bincount(np.asarray(whole.response_tokens)[:, 2:].ravel())[2:].argmax()) + 2  # a frequent one
+    sampling = dataclasses.replace(plain, truncate_id=cut_id, truncate_after=2)
+    cut = sampled(LLAMA, sampling)(params, prompts, jax.random.clone(key))
+    for row, (tokens, mask) in enumerate(zip(whole.response_tokens, np.asarray(whole.response_mask), strict=True)):
+        places = [t for t in range(2, int(mask.sum())) if tokens[t] == cut_id]
+        length = places[0] + 1 if places else int(mask.sum())
+        np.testing.assert_array_equal(cut.response_tokens[row, :length], tokens[:length])
+        np.testing.assert_array_equal(cut.response_mask[row], np.arange(R) < length)
+        np.testing.assert_allclose(cut.logprobs[row, :length], whole.logprobs[row, :length], rtol=0, atol=TOLERANCE)
+    assert cut.response_mask.sum() < whole.response_mask.sum()
+
+
+def test_ends_of_responses_are_where_a_loop_finds_them(rng):
+    tokens = rng.integers(0, 9, (30, 12))
+    sampling = SamplingConfig(12, (1, 2), PAD, truncate_id=4, truncate_after=5)
+    found = np.asarray(ends_response(jnp.asarray(tokens), jnp.arange(12), sampling))
+    for (row, t), token in np.ndenumerate(tokens):
+        assert found[row, t] == (token in (1, 2) or (token == 4 and t >= 5))
+    # Positions are those of the response, and not of the columns.
+    later = ends_response(jnp.asarray(tokens[:, :3]), jnp.arange(5, 8), sampling)
+    np.testing.assert_array_equal(later, np.isin(tokens[:, :3], (1, 2, 4)))
+    without = ends_response(jnp.asarray(tokens), jnp.arange(12), dataclasses.replace(sampling, truncate_id=None))
+    np.testing.assert_array_equal(without, np.isin(tokens, (1, 2)))
+
+
+# A policy without a critic.
+
+
+def test_without_a_value_head_the_values_are_zero_and_nothing_else_changes(rng, key):
+    params, prompts = random_params(rng, LLAMA), left_padded(rng, SIZES, 5)
+    act = sampled(LLAMA, SAMPLINGS["cold"])
+    rollout, bare = act(params, prompts, key), act({"decoder": params["decoder"]}, prompts, jax.random.clone(key))
+    assert not np.any(bare.values)
+    assert np.any(rollout.values)
+    chex.assert_trees_all_equal(rollout.replace(values=0), bare.replace(values=0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -418,6 +485,8 @@ def test_no_eos_comes_before_its_time_however_likely(temperature, rng):
         ({"top_p": 1.1}, "top_p: got 1.1"),
         ({"min_new_tokens": -1}, "min_new_tokens: got -1, expected from 0 to max_new_tokens"),
         ({"min_new_tokens": 5}, "min_new_tokens: got 5"),
+        ({"truncate_after": -1}, "truncate_after: got -1, expected from 0 to max_new_tokens"),
+        ({"truncate_after": 5}, "truncate_after: got 5"),
     ],
 )
 def test_sampling_config_refuses(changes, message):

@@ -11,11 +11,16 @@ import ml_collections
 import pytest
 
 from experiments import settings
+from experiments.methods import METHODS
 from experiments.settings import (
     Architecture,
+    BestOfNExperiment,
+    CompareExperiment,
     CorpusSettings,
+    DPOExperiment,
     EvaluateExperiment,
     FeedbackExperiment,
+    LoRASettings,
     MeshSettings,
     PPOExperiment,
     RewardExperiment,
@@ -37,9 +42,12 @@ SCRIPTS = {
     "collect_feedback": FeedbackExperiment,
     "evaluate": EvaluateExperiment,
     "rlhf": RLHFExperiment,
+    "train_dpo": DPOExperiment,
+    "best_of_n": BestOfNExperiment,
+    "compare": CompareExperiment,
 }
 KINDS = tuple(SCRIPTS.values())
-ALL = (*KINDS, MeshSettings, Architecture, CorpusSettings, PPOConfig)
+ALL = (*KINDS, MeshSettings, Architecture, CorpusSettings, LoRASettings, PPOConfig)
 SHIPPED = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))
 
 
@@ -84,17 +92,22 @@ def test_the_fields_that_people_script_against_are_there():
     assert {f"config.{name}" for name in promised} <= names
 
 
+def attributes_and_parameters(node: ast.AST) -> set[str]:
+    """Names that code reads as attributes or takes as parameters; what only checks values does not count."""
+    checks = isinstance(node, ast.FunctionDef) and re.match("__post_init__|_check_|_refuse_", node.name)
+    read = set().union(*map(attributes_and_parameters, ast.iter_child_nodes(node))) if not checks else set()
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        read.add(node.attr)
+    elif isinstance(node, ast.FunctionDef) and not checks:
+        read |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+    return read
+
+
 def test_every_field_is_used():
     """A setting that is accepted and never read is a defect: each name stands as an attribute somewhere in the code."""
-    read = set()
-    for path in [*(ROOT / "ppo_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = node.value
-                if not (isinstance(owner, ast.Name) and owner.id == "self" and path.name == "config.py"):
-                    read.add(node.attr)
-            elif isinstance(node, ast.FunctionDef):
-                read |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+    files = [*(ROOT / "ppo_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
+    read = set().union(*(attributes_and_parameters(ast.parse(path.read_text())) for path in files))
+    read |= set(METHODS)  # `resolve` looks each kind up by its name
     handed_over = {field.name for field in dataclasses.fields(Architecture)}  # all at once, to ModelConfig
     for kind in ALL:
         unused = {field.name for field in dataclasses.fields(kind)} - read - handed_over
@@ -117,13 +130,15 @@ def test_changes_arrive():
     config.pretrain.architecture.width = 64
     config.ppo.mesh.fsdp = 2
     config.ppo.ppo.kl_coef = 0.0  # nothing is not "not given"
-    config.ppo.ppo.whiten_advantages = False
+    config.ppo.ppo.whiten_shift = False
+    config.ppo.lora.rank = 4
     made = from_config_dict(RLHFExperiment, config)
     assert made.corpus.num_train == 17
     assert made.pretrain.architecture.width == 64
     assert made.ppo.mesh.fsdp == 2
     assert made.ppo.ppo.kl_coef == 0.0
-    assert made.ppo.ppo.whiten_advantages is False
+    assert made.ppo.ppo.whiten_shift is False
+    assert made.ppo.lora == LoRASettings(rank=4)
     assert dataclasses.replace(made, corpus=CorpusSettings()) != made
 
 
@@ -147,7 +162,8 @@ def test_an_unknown_field_is_refused_with_the_known_ones():
     config = defaults(PPOExperiment).unlock()
     config.ppo.learning_rate = 1.0
     with pytest.raises(
-        InputError, match=r"unknown field 'learning_rate', expected some of batch_size, prompt_length"
+        InputError,
+        match=r"unknown field 'learning_rate', expected some of batch_size, responses_per_prompt, prompt_length",
     ) as error:
         from_config_dict(PPOExperiment, config)
     assert "\n" not in str(error.value)
@@ -187,6 +203,43 @@ BAD = [
     (PPOConfig, "min_new_tokens", 49),  # response_length is 48
     (PPOConfig, "kl_estimator", "k4"),
     (PPOConfig, "lr_schedule", "step"),
+    (PPOConfig, "responses_per_prompt", 0),
+    (PPOConfig, "stale_iterations", -1),
+    (PPOConfig, "truncate_after", 49),
+    (PPOConfig, "score_scale", "all"),
+    (PPOConfig, "score_clip", 0.0),
+    (PPOConfig, "missing_token_score", math.inf),
+    (PPOConfig, "kl_in", "score"),
+    (PPOConfig, "whiten_advantages", "rows"),
+    (PPOConfig, "critic_lambda", -0.5),
+    (PPOConfig, "baseline_decay", 1.0),
+    (PPOConfig, "dual_clip", 1.0),
+    (PPOConfig, "loss_aggregation", "mean"),
+    (PPOConfig, "importance", "clip"),
+    (PPOConfig, "ema_decay", 1.0),
+    (PPOConfig, "max_skipped", -1),
+    (PPOConfig, "noise_scale", True),  # accumulation is 1
+    (LoRASettings, "rank", -1),
+    (LoRASettings, "alpha", 8.0),  # nothing reads it without a rank
+    (PPOExperiment, "param_dtype", "float16"),
+    (PPOExperiment, "frozen_layers", -1),
+    (PPOExperiment, "reference_samples", 1),
+    (PPOExperiment, "ptx_length", 64),  # no ptx_data
+    (PPOExperiment, "ptx_data", "texts.jsonl"),  # ppo.ptx_coef is 0
+    (PPOExperiment, "reward_retries", 7),  # no service
+    *((DPOExperiment, name, 0) for name in "num_epochs batch_size accumulation log_every eval_every".split()),
+    (DPOExperiment, "loss", "ppo"),
+    (DPOExperiment, "beta", 0.0),
+    (DPOExperiment, "threshold", 0.5),  # dpo
+    (DPOExperiment, "length", 1),
+    (DPOExperiment, "lr", 0.0),
+    (BestOfNExperiment, "n", "1"),
+    (BestOfNExperiment, "n", "3,4"),
+    (BestOfNExperiment, "temperature", 0.0),
+    (CompareExperiment, "num_seeds", 0),
+    (CompareExperiment, "task", "chess"),
+    (CompareExperiment, "metric", ""),
+    (CompareExperiment, "thresholds", "five"),
     (SFTExperiment, "heldout_frac", 1.0),
     (SFTExperiment, "length", 1),
     (SFTExperiment, "num_steps", 0),
@@ -337,6 +390,22 @@ def test_the_module_exports_what_a_configuration_file_needs():
             lambda: SFTExperiment(model="gpt2", architecture=Architecture(num_layers=1)),
             r"architecture: .* expected the defaults, next to model",
         ),
+        (
+            lambda: PPOExperiment(frozen_layers=1, lora=LoRASettings(rank=2)),
+            r"frozen_layers: got 1, expected 0 with lora",
+        ),
+        (
+            lambda: PPOExperiment(critic="policy", ppo=PPOConfig(advantage="rloo", responses_per_prompt=2)),
+            r"critic: got 'policy', expected nothing, with advantage=rloo",
+        ),
+        (lambda: PPOExperiment(ppo=PPOConfig(ptx_coef=0.5)), r"ptx_data: got '', expected texts exactly if ppo.ptx_co"),
+        (lambda: PPOExperiment(ppo=PPOConfig(truncate_after=3)), r"truncate_after: got 3, .* without truncate_token"),
+        (lambda: PPOExperiment(ppo=PPOConfig(policy_loss="soft")), r"policy_loss: got 'soft', expected one of clip, "),
+        (lambda: PPOExperiment(ppo=PPOConfig(advantage="rloo")), r"responses_per_prompt: got 1, expected at least 2"),
+        (
+            lambda: CompareExperiment(variants="a: ppo.lrr=1"),
+            r"variants: a: no such field in base: 'ppo.lrr'; did you mean ppo.lr\?",
+        ),
     ],
     ids=[
         "pairs of three",
@@ -347,6 +416,13 @@ def test_the_module_exports_what_a_configuration_file_needs():
         "no gold",
         "no prompts",
         "new",
+        "two ways to freeze",
+        "a critic that nothing asks",
+        "no texts",
+        "no token",
+        "no surrogate",
+        "no group",
+        "a field that is none",
     ],
 )
 def test_what_cannot_go_together_is_refused(make, told):

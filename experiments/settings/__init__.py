@@ -8,18 +8,25 @@ A file in `experiments/configs/` starts from the defaults here:
         return config
 """
 
-from experiments.settings.evaluation import EvaluateExperiment
+from experiments.settings.compare import CompareExperiment
+from experiments.settings.dpo import DPOExperiment
+from experiments.settings.evaluation import BestOfNExperiment, EvaluateExperiment
 from experiments.settings.feedback import FeedbackExperiment
 from experiments.settings.machinery import defaults, describe, from_config_dict
+from experiments.settings.ppo import LoRASettings, PPOExperiment
 from experiments.settings.reward import RewardExperiment
 from experiments.settings.rlhf import CorpusSettings, RLHFExperiment
-from experiments.settings.training import Architecture, MeshSettings, PPOExperiment, SFTExperiment, tracker_names
+from experiments.settings.training import Architecture, MeshSettings, SFTExperiment, tracker_names
 
 __all__ = [
     "Architecture",
+    "BestOfNExperiment",
+    "CompareExperiment",
     "CorpusSettings",
+    "DPOExperiment",
     "EvaluateExperiment",
     "FeedbackExperiment",
+    "LoRASettings",
     "MeshSettings",
     "PPOExperiment",
     "RLHFExperiment",

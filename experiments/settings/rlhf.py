@@ -4,8 +4,9 @@ import dataclasses
 
 from experiments.settings.feedback import FeedbackExperiment
 from experiments.settings.machinery import check_at_least
+from experiments.settings.ppo import PPOExperiment
 from experiments.settings.reward import RewardExperiment
-from experiments.settings.training import PPOExperiment, SFTExperiment
+from experiments.settings.training import SFTExperiment
 from ppo_jax.config import option
 from ppo_jax.errors import check
 

@@ -3,8 +3,7 @@
 import dataclasses
 
 from experiments.settings.machinery import check_at_least
-from ppo_jax.config import PPOConfig, option
-from ppo_jax.data import LONG_PROMPTS
+from ppo_jax.config import option
 from ppo_jax.errors import check
 from ppo_jax.metrics import KNOWN_TRACKERS
 from ppo_jax.models import ModelConfig
@@ -42,47 +41,6 @@ class TrainingSettings:
         check_at_least(self, 1, "checkpoints_to_keep")
         for name in tracker_names(self.trackers):
             check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))
-
-
-@dataclasses.dataclass(frozen=True)
-class PPOExperiment(TrainingSettings):
-    """Settings of `experiments/train_ppo.py`."""
-
-    model: str = option("", "the pretrained model: a Hugging Face folder, or a name on the hub")
-    prompts: str = option("", "JSONL, Parquet or a Hugging Face dataset with a column prompt, messages or text")
-    prompts_split: str = option("train", "split of a Hugging Face dataset")
-    long_prompts: str = option("drop", "prompts longer than ppo.prompt_length: " + ", ".join(LONG_PROMPTS))
-    reward: str = option(
-        "",
-        "vader, model:FOLDER (a reward model), FILE.py:function or package.module:function; the last two after jax: "
-        "for a JAX score",
-    )
-    gold: str = option("", "a second judge of the responses' text, logged as objective/gold and never trained on")
-    critic: str = option(
-        "",
-        "a reward model of the policy's shape that the critic starts as, on a trunk of its own: a folder, or reward "
-        "for the one that reward names; empty: a new value head on the policy's trunk",
-    )
-    seed: int = option(0, "of sampling, shuffling and the data's order")
-    num_iterations: int = option(40, "rollouts, each followed by ppo.num_epochs passes of updates")
-    checkpoint_every: int = option(10, "iterations between checkpoints; the last one is always saved")
-    samples_every: int = option(10, "iterations between tables of samples")
-    num_samples: int = option(4, "prompts and responses in such a table")
-    kl_limit: float = option(
-        0.0, "nats a sequence; above it training stops and goes back to the newest checkpoint below it; 0: no limit"
-    )
-    eval_prompts: int = option(
-        256, "the first so many prompts (whole batches of them) are answered before and after training, to compare"
-    )
-    heldout_prompts: str = option("", "other prompts for that comparison, from a source of their own; empty: prompts")
-    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be."""
-        check("long_prompts", self.long_prompts, self.long_prompts in LONG_PROMPTS, "one of " + ", ".join(LONG_PROMPTS))
-        super().__post_init__()
-        check_at_least(self, 1, "num_iterations checkpoint_every samples_every num_samples eval_prompts")
-        check_at_least(self, 0, "seed kl_limit")
 
 
 @dataclasses.dataclass(frozen=True)

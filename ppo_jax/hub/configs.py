@@ -9,7 +9,8 @@ import json
 import math
 import pathlib
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ppo_jax.hub.errors import HubError
@@ -101,8 +102,9 @@ def read_config(raw: Mapping[str, Any], where: object, dtype: str, param_dtype: 
     """
     family = read_family(raw, where)
     raw = _merge_rope(raw, where) if "rope_theta" in family.keys else raw
-    _refuse_what_we_cannot_compute(raw, family, where)
-    fields = {field: _read(raw, key, where) for field, key in family.keys.items()}
+    only = {**ONLY, **family.only}
+    check_keys(raw, only, IRRELEVANT | family.irrelevant | {key.name for key in family.keys.values()}, where)
+    fields = {field: read_key(raw, key, where) for field, key in family.keys.items()}
     if fields["mlp_width"] is None:
         fields["mlp_width"] = 4 * fields["width"]
     fields = {field: value for field, value in fields.items() if value is not None}
@@ -150,8 +152,36 @@ def write_config(model: Model, param_dtype: str, token_ids: Mapping[str, Any]) -
     return {**head, **values, **labels, **token_ids}
 
 
-def _read(raw: Mapping[str, Any], key: Key, where: object) -> Any:
-    """One key, of the right kind; None where it is null or absent and something else decides."""
+def check_keys(
+    raw: Mapping[str, Any], only: Mapping[str, Sequence[Any]], known: AbstractSet[str], where: object
+) -> None:
+    """Refuses what would change the computation and what nobody understands.
+
+    Args:
+        raw: a parsed configuration file.
+        only: keys with the values that we can compute; null is one of them.
+        known: keys that may say anything here.
+        where: path of the file, for messages.
+
+    Raises:
+        HubError: another value of `only`, or any other key that is not null, false, zero or empty.
+    """
+    for name, allowed in only.items():
+        value = raw.get(name)
+        if value is not None and value not in allowed:
+            raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {allowed[0]} is supported")
+    unknown = [name for name, value in raw.items() if value and name not in known | only.keys()]
+    if unknown:
+        named = ", ".join(reprlib.repr(name) for name in unknown[:5])
+        raise HubError(f"{where}: not understood: {named}; it may change what the model computes (if not, remove it)")
+
+
+def read_key(raw: Mapping[str, Any], key: Key, where: object) -> Any:
+    """One key, of the right kind; None where it is null or absent and something else decides.
+
+    Raises:
+        HubError: a value of another kind, or none where there must be one.
+    """
     value = raw.get(key.name)
     if value is None:
         if key.default is REQUIRED:
@@ -175,19 +205,6 @@ def _read(raw: Mapping[str, Any], key: Key, where: object) -> Any:
         expected = {bool: "true or false", int: "a positive whole number", float: "a number"}[key.kind]
         raise HubError(f"{where}: {key.name}: got {reprlib.repr(value)}, expected {expected}")
     return float(value) if key.kind is float else value
-
-
-def _refuse_what_we_cannot_compute(raw: Mapping[str, Any], family: Family, where: object) -> None:
-    only = {**ONLY, **family.only}
-    for name, allowed in only.items():
-        value = raw.get(name)
-        if value is not None and value not in allowed:
-            raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {allowed[0]} is supported")
-    known = IRRELEVANT | family.irrelevant | {key.name for key in family.keys.values()} | only.keys()
-    unknown = [name for name, value in raw.items() if value and name not in known]
-    if unknown:
-        named = ", ".join(reprlib.repr(name) for name in unknown[:5])
-        raise HubError(f"{where}: not understood: {named}; it may change what the model computes (if not, remove it)")
 
 
 def _merge_rope(raw: Mapping[str, Any], where: object) -> dict[str, Any]:

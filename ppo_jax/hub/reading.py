@@ -30,6 +30,8 @@ _DOWNLOADED = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
 ]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -74,7 +76,7 @@ def load_config(folder: str | pathlib.Path, dtype: str = "float32", param_dtype:
     Raises:
         HubError: an unknown family, or a key that is missing, malformed or would change what is computed.
     """
-    path = _existing(folder) / "config.json"
+    path = existing(folder) / "config.json"
     return configs.read_config(configs.read_json(path), path, dtype, param_dtype)
 
 
@@ -84,7 +86,7 @@ def load_eos_ids(folder: str | pathlib.Path) -> tuple[int, ...]:
     Raises:
         HubError: the file is malformed.
     """
-    path = _existing(folder) / "generation_config.json"
+    path = existing(folder) / "generation_config.json"
     path = path if path.exists() else path.with_name("config.json")
     ids = configs.read_json(path).get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
@@ -99,7 +101,7 @@ def load_pad_id(folder: str | pathlib.Path) -> int | None:
     Raises:
         HubError: the file is malformed.
     """
-    path = _existing(folder) / "config.json"
+    path = existing(folder) / "config.json"
     pad_id = configs.read_json(path).get("pad_token_id")
     if not (pad_id is None or _is_id(pad_id)):
         raise HubError(f"{path}: pad_token_id {reprlib.repr(pad_id)}: expected an id or null")
@@ -120,7 +122,7 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
         HubError: pickles only; a damaged file; a tensor that is missing, surplus, of another shape, or not of finite
             floats; a sequence classifier.
     """
-    return _read_params(_existing(folder), Decoder(config))
+    return _read_params(existing(folder), Decoder(config))
 
 
 def load_reward_model(
@@ -140,7 +142,7 @@ def load_reward_model(
     Raises:
         HubError: as `load_config` and `load_params`; another number of labels than one; a causal language model.
     """
-    folder = _existing(folder)
+    folder = existing(folder)
     path = folder / "config.json"
     raw = configs.read_json(path)
     config = dataclasses.replace(configs.read_config(raw, path, dtype, param_dtype), tie_embeddings=True)
@@ -159,22 +161,27 @@ def _read_params(folder: pathlib.Path, model: Model) -> Params:
         layout = file_layout(family, model, where=folder, limit=len(named))
         _check_names(family.architectures[type(model)], named, layout, folder)
         for tensor in layout:
-            array = _read(named[tensor.name], tensor, folder)
+            array = read_array(named[tensor.name], tensor, folder)
             for path, part in zip(tensor.paths, np.split(array, tensor.cuts, axis=-1), strict=True):
-                _put(params, path, np.ascontiguousarray(part))
+                put(params, path, np.ascontiguousarray(part))
         if copy is not None:
             _check_tie(copy, params["embed"]["embedding"], folder)
     return params
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where a tensor is read from."""
 
     name: str  # in the file
     file: Any
 
 
-def _existing(folder: str | pathlib.Path) -> pathlib.Path:
+def existing(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder, if it is one.
+
+    Raises:
+        HubError: it is not.
+    """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise HubError(f"{folder}: no such folder")
@@ -185,26 +192,27 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
+    """Puts a leaf into nested dictionaries, at a path with slashes."""
     *parents, last = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[last] = leaf
 
 
-def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> dict[str, _Source]:
+def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> dict[str, Source]:
     """A model's tensors, with the family's prefix where a file leaves it out, and without those that are ignored."""
-    named: dict[str, _Source] = {}
+    named: dict[str, Source] = {}
     for name, holder in holders.items():
         full = name if name.startswith((family.prefix, *HEADS)) else family.prefix + name
         if full in named:
             raise HubError(f"{where}: {full!r} is there twice, with and without {family.prefix!r}")
         if not any(re.fullmatch(pattern, full) for pattern in family.ignored):
-            named[full] = _Source(name, holder)
+            named[full] = Source(name, holder)
     return named
 
 
-def _check_kind(model: Model, named: Mapping[str, _Source], where: object) -> None:
+def _check_kind(model: Model, named: Mapping[str, Source], where: object) -> None:
     """A folder of another kind than the one that was asked for is told so, before its tensors are compared."""
     score = named.get("score.weight")
     if isinstance(model, Decoder) and score:
@@ -225,15 +233,19 @@ def _check_names(architecture: str, named: Mapping[str, Any], layout: Sequence[T
         raise HubError(f"{where}: tensors that a {architecture} so configured has not: {listed(surplus)}")
 
 
-def _check_tie(source: _Source, embedding: np.ndarray, where: object) -> None:
+def _check_tie(source: Source, embedding: np.ndarray, where: object) -> None:
     """A vocabulary projection that is stored although it is tied must be the embedding: one of two would be lost."""
     tensor = Tensor("lm_head.weight", (), False, embedding.shape, (), embedding.dtype)
-    if not np.array_equal(_read(source, tensor, where), embedding):
+    if not np.array_equal(read_array(source, tensor, where), embedding):
         raise HubError(f"{where}: lm_head.weight is not the embedding, although tie_word_embeddings is true")
 
 
-def _read(source: _Source, tensor: Tensor, where: object) -> np.ndarray:
-    """One tensor, checked, in our orientation and dtype."""
+def read_array(source: Source, tensor: Tensor, where: object) -> np.ndarray:
+    """One tensor, in our orientation and dtype.
+
+    Raises:
+        HubError: another shape, no floats, or values that are not finite.
+    """
     header = source.file.get_slice(source.name)
     shape, stored = tuple(header.get_shape()), header.get_dtype()
     if shape != tensor.stored_shape:

@@ -16,7 +16,7 @@ import safetensors
 from ppo_jax.hub.configs import read_json
 from ppo_jax.hub.errors import HubError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -30,13 +30,17 @@ class Writable(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+def open_weights(folder: pathlib.Path, weights: str = WEIGHTS) -> Iterator[dict[str, Any]]:
     """Opens the files of a folder; yields tensor name -> open file that holds it. Nothing is read but the headers.
+
+    Args:
+        folder: where they are.
+        weights: name of the file; if there is none of that name, but an index, the files that the index names.
 
     Raises:
         HubError: no safetensors (pickles only, or nothing), a damaged file, an index that does not fit its files.
     """
-    shards = _shards(folder)
+    shards = _shards(folder, weights)
     with contextlib.ExitStack() as stack:
         holders: dict[str, Any] = {}
         for path, promised in shards.items():
@@ -51,19 +55,19 @@ def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
         yield holders
 
 
-def _shards(folder: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+def _shards(folder: pathlib.Path, weights: str) -> dict[pathlib.Path, set[str] | None]:
     """Files to open, each with the tensors that an index promises in it (None: no index, whatever it holds)."""
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: None}
-    index = folder / INDEX
+    if (folder / weights).is_file():
+        return {folder / weights: None}
+    index = folder / f"{weights}.index.json"
     if not index.is_file():
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise HubError(
                 f"{folder}: only pickle weights ({listed(pickles)}), which run code when opened and are refused; "
-                f"expected {WEIGHTS}"
+                f"expected {weights}"
             )
-        raise HubError(f"{folder}: no weights, expected {WEIGHTS} or {INDEX}")
+        raise HubError(f"{folder}: no weights, expected {weights} or {index.name}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise HubError(f"{index}: weight_map is not a table of tensor names and file names")

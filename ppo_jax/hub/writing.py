@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def save(
             holds something else than a model.
     """
     ids = _token_ids(tokenizer, eos_ids, pad_id, bos_id)
-    return _replace(folder, params, Decoder(config), tokenizer, ids)
+    return replace_folder(folder, "config.json", lambda new: _write(new, params, Decoder(config), tokenizer, ids))
 
 
 def save_reward_model(
@@ -88,24 +88,35 @@ def save_reward_model(
     if theirs not in (None, pad_id):
         raise HubError(f"save: pad_id: got {pad_id}, expected {theirs}, with which the tokenizer pads")
     model = RewardModel(dataclasses.replace(config, tie_embeddings=True))
-    return _replace(folder, params, model, tokenizer, _token_ids(tokenizer, eos_ids, pad_id, bos_id))
+    ids = _token_ids(tokenizer, eos_ids, pad_id, bos_id)
+    return replace_folder(folder, "config.json", lambda new: _write(new, params, model, tokenizer, ids))
 
 
-def _replace(
-    folder: str | pathlib.Path, params: Params, model: Model, tokenizer: Any, token_ids: Mapping[str, Any]
-) -> pathlib.Path:
-    """What `save` says of its folder: the new one is complete before it takes the place of the old one."""
+def replace_folder(folder: str | pathlib.Path, mark: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """What `save` says of its folder: the new one is complete before it takes the place of the old one.
+
+    Args:
+        folder: where to.
+        mark: a file that tells a folder of this kind, which may be replaced, from any other.
+        write: fills an empty folder.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        HubError: the place holds something else.
+    """
     target = pathlib.Path(folder).expanduser().resolve()
     fresh, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
     _bring_back(old, target)
-    if target.exists() and not (target / "config.json").is_file() and not _is_empty_folder(target):
-        raise HubError(f"save: {target} exists and is no model folder")
+    if target.exists() and not (target / mark).is_file() and not _is_empty_folder(target):
+        raise HubError(f"save: {target} exists and is no model folder ({mark} is missing)")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     try:
         fresh.mkdir()
-        _write(fresh, params, model, tokenizer, token_ids)
+        write(fresh)
         if target.exists():
             target.rename(old)
         fresh.rename(target)

@@ -1,7 +1,11 @@
-"""The networks: one decoder that is GPT-2 or Llama by configuration, and heads on its trunk: a value, a score."""
+"""The networks: one decoder that is GPT-2 or Llama by configuration, and heads on its trunk: a value, a score.
+
+What is trained may be less than the whole: an adapter, or the upper layers, laid over a frozen base (`overlay`).
+"""
 
 from ppo_jax.models.actor_critic import ActorCritic
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import LoRAConfig, init_adapter, merge, overlay, upper_layers
 from ppo_jax.models.reward import RewardModel
 from ppo_jax.models.transformer import (
     Cache,
@@ -17,11 +21,16 @@ __all__ = [
     "ActorCritic",
     "Cache",
     "Decoder",
+    "LoRAConfig",
     "ModelConfig",
     "RewardModel",
     "causal_mask",
     "empty_cache",
+    "init_adapter",
+    "merge",
+    "overlay",
     "positions_of",
     "segment_mask",
     "segment_positions",
+    "upper_layers",
 ]

@@ -12,7 +12,8 @@ _CHOICES = {
     "param_dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = (
-    "vocab_size num_layers num_heads num_kv_heads head_dim width mlp_width max_positions rope_theta norm_eps init_std"
+    "vocab_size num_layers num_heads num_kv_heads head_dim width mlp_width max_positions rope_theta norm_eps init_std "
+    "lora_scale"
 ).split()
 
 
@@ -42,8 +43,11 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = True  # the vocabulary projection is the embedding, transposed
     init_std: float = 0.02  # of kernels and embeddings at initialisation
+    lora_scale: float = 1.0  # of an adapter, where the parameters hold one; see `LoRAConfig.scale`
     dtype: str = "float32"  # of the matrix products; logits, norms' statistics and losses are float32 always
-    param_dtype: str = "float32"  # to train, float32: an update of 1e-5 is lost in a bfloat16 weight
+    param_dtype: str = (
+        "float32"  # bfloat16: the optimizer keeps what is trained in float32, or small updates would be lost
+    )
 
     def __post_init__(self) -> None:
         """Fills the derived defaults in and refuses what cannot be."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ppo_jax.errors import InputError
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import column_norms
 
 LayerCache = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, each [B, S, K, H]; slot s belongs to token s of the padded sequence."""
@@ -126,14 +127,43 @@ class Norm(nn.Module):
         return y.astype(config.dtype)
 
 
-def _dense(config: ModelConfig, features: int, bias: bool, init_std: float | None = None) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(init_std or config.init_std),
-    )
+class Projection(nn.Module):
+    """A linear layer: `[..., in]` to `[..., features]`; with the adapter that its parameters hold, if they hold one.
+
+    y = x W + s (x A) B + b. With DoRA's magnitudes m, y = m (x W + s (x A) B) / ||W + s A B|| + b, in which the norm
+    (of each column) is a constant to the gradient, as the authors advise (section 4.3) and PEFT does. The norm is
+    computed anew in each call: `merge` before much is sampled.
+    """
+
+    config: ModelConfig
+    features: int
+    use_bias: bool
+    init_std: float | None = None  # None: the configuration's
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` to `[..., features]` in the compute dtype."""
+        dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
+        init = nn.initializers.normal(self.init_std or self.config.init_std)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), param_dtype)
+        x = x.astype(dtype)
+        y = jnp.dot(x, kernel.astype(dtype))
+        if self.has_variable("params", "lora_a"):
+            y = self._adapted(x, y, kernel).astype(dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
+            y = y + jnp.broadcast_to(bias.astype(dtype), y.shape)
+        return y
+
+    def _adapted(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        scale = self.config.lora_scale
+        a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+        product = partial(jnp.dot, preferred_element_type=jnp.float32)
+        y = y.astype(jnp.float32) + scale * product(product(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
+        if self.has_variable("params", "lora_magnitude"):
+            norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
+            y = y * jnp.broadcast_to(self.get_variable("params", "lora_magnitude") / norms, y.shape)
+        return y
 
 
 def _residual_std(config: ModelConfig) -> float:
@@ -151,10 +181,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Makes the four projections."""
         config = self.config
-        self.query = _dense(config, config.num_heads * config.head_dim, config.attention_bias)
-        self.key = _dense(config, config.num_kv_heads * config.head_dim, config.attention_bias)
-        self.value = _dense(config, config.num_kv_heads * config.head_dim, config.attention_bias)
-        self.output = _dense(config, config.width, config.attention_bias, _residual_std(config))
+        self.query = Projection(config, config.num_heads * config.head_dim, config.attention_bias)
+        self.key = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
+        self.value = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
+        self.output = Projection(config, config.width, config.attention_bias, _residual_std(config))
 
     def __call__(
         self,
@@ -190,9 +220,9 @@ class MLP(nn.Module):
         """Makes the projections."""
         config = self.config
         if config.gated_mlp:
-            self.gate = _dense(config, config.mlp_width, config.mlp_bias)
-        self.up = _dense(config, config.mlp_width, config.mlp_bias)
-        self.down = _dense(config, config.width, config.mlp_bias, _residual_std(config))
+            self.gate = Projection(config, config.mlp_width, config.mlp_bias)
+        self.up = Projection(config, config.mlp_width, config.mlp_bias)
+        self.down = Projection(config, config.width, config.mlp_bias, _residual_std(config))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` to `[..., D]`."""

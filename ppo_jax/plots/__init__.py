@@ -1,9 +1,11 @@
-"""Pictures of a run (floor 4): curves, reward model, proxy against gold, the KL-score frontier.
+"""Pictures of a run (floor 4): curves, reward model, proxy against gold, the KL-score frontier,
+methods against each other.
 
 All go through matplotlib's object API with the Agg canvas: no window, no global state. A file appears whole or not at
 all. Values that are missing, null, NaN or no numbers are left out; where nothing is left, `NothingToDraw` is raised.
 """
 
+from ppo_jax.plots.compare import Course, plot_comparison
 from ppo_jax.plots.curves import PPO_PANELS, Panel, plot_curves
 from ppo_jax.plots.reward_model import plot_reliability, plot_reward_model
 from ppo_jax.plots.scores import plot_frontier, plot_proxy_and_gold
@@ -11,8 +13,10 @@ from ppo_jax.plots.style import NothingToDraw
 
 __all__ = [
     "PPO_PANELS",
+    "Course",
     "NothingToDraw",
     "Panel",
+    "plot_comparison",
     "plot_curves",
     "plot_frontier",
     "plot_proxy_and_gold",

@@ -5,7 +5,6 @@ Both read the same thing: the score of prompt, response and EOS. A response that
 EOS here, as every text did in the model's training.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_jax import hub
 from ppo_jax.data import pad
-from ppo_jax.errors import check
 from ppo_jax.models import ModelConfig, RewardModel
 from ppo_jax.rewards.host import HostReward
-from ppo_jax.tokenizers import SpecialTokens, encode_text, load_tokenizer, same_tokenizer, special_tokens
+from ppo_jax.tokenizers import SpecialTokens, encode_text, load_tokenizer, special_tokens
 from ppo_jax.types import Params, Rollout
 
 _LENGTH_STEP = 32  # texts are padded to a multiple of this, so that few programs are compiled
@@ -103,28 +101,3 @@ def make_text_score(
         return scores
 
     return reward_model
-
-
-def load_critic(name: str, reward: str, policy: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Params:
-    """The parameters of a reward model that a critic starts as.
-
-    Args:
-        name: a folder or hub name; or "reward", for the model that `reward` names.
-        reward: the judge, as `load_reward` takes it.
-        policy: the policy's configuration, which the critic's trunk shares.
-        tokenizer: the policy's.
-
-    Raises:
-        InputError: it cannot be used, or has another shape or tokenizer than the policy.
-    """
-    if name == "reward":
-        check("config.reward", reward, reward.startswith("model:"), "model:FOLDER, with critic=reward")
-        name = reward.removeprefix("model:")
-    folder = hub.resolve(name)
-    config, params = hub.load_reward_model(folder, dtype=policy.dtype)
-    ours, theirs = (dataclasses.asdict(dataclasses.replace(c, tie_embeddings=True)) for c in (policy, config))
-    differing = [f"{field}={theirs[field]}" for field in ours if ours[field] != theirs[field]]
-    check("config.critic", name, not differing, f"a reward model of the policy's shape; it has {', '.join(differing)}")
-    same = same_tokenizer(load_tokenizer(folder), tokenizer)
-    check("config.critic", name, same, "a reward model with the policy's tokenizer")
-    return jax.tree.map(jnp.asarray, params)

@@ -1,0 +1,223 @@
+"""From experience to new parameters: epochs over minibatches, each one gradient step on the loss of PPO."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppo_jax.experience import Method, token_kl
+from ppo_jax.guard import broken_leaves, is_broken
+from ppo_jax.losses import aggregation_weights, ratio_metrics
+from ppo_jax.models import ActorCritic
+from ppo_jax.numerics import masked_whiten
+from ppo_jax.optim import noise_scale
+from ppo_jax.policy import policy_params, response_hidden, response_kl, response_logprobs, response_values
+from ppo_jax.sampling import SamplingConfig
+from ppo_jax.sft import predicted, token_logprobs
+from ppo_jax.sharding import Shardings, minibatches
+from ppo_jax.types import Examples, Experience, Metrics, Params, TrainState
+
+
+class Minibatch(NamedTuple):
+    """What one gradient step learns from. Every mean over it is a weighted sum, so that parts of it add up to it."""
+
+    experience: Experience
+    policy_weights: jax.Array  # [b, R]: as `loss_aggregation` says
+    token_weights: jax.Array  # [b, R]: the mean over all tokens
+    texts: Examples | None  # for the auxiliary next-token loss
+    text_weights: jax.Array | None  # [b', S - 1]
+
+
+def make_minibatch(experience: Experience, texts: Examples | None, method: Method) -> Minibatch:
+    """A minibatch with its weights, and its advantages whitened if that is done minibatch by minibatch."""
+    mask = experience.response_mask
+    if method.whitening == "minibatch":
+        whitened = masked_whiten(experience.advantages, mask, shift_mean=method.config.whiten_shift)
+        experience = experience.replace(advantages=whitened)
+    return Minibatch(
+        experience,
+        aggregation_weights(mask, method.config.loss_aggregation),
+        aggregation_weights(mask, "token"),
+        texts,
+        None if texts is None else aggregation_weights(predicted(texts), "token"),
+    )
+
+
+def ppo_loss(
+    params: Params,
+    ref_params: Params,
+    model: ActorCritic,
+    batch: Minibatch,
+    kl_coef: jax.Array,
+    method: Method,
+    sampling: SamplingConfig,
+) -> tuple[jax.Array, Metrics]:
+    """Surrogate of the policy + vf_coef x error of the critic - ent_coef x entropy, and what else the settings add.
+
+    Args:
+        params: what is trained; see `policy_params`.
+        ref_params: the reference's decoder.
+        model: the actor-critic.
+        batch: a minibatch or a part of one.
+        kl_coef: `[]`, weight of a KL penalty in the loss.
+        method: the settings.
+        sampling: the policy's distribution.
+
+    Returns:
+        (loss `[]`, `policy/*` and `value/*` metrics, and as `broken/*` what is not finite).
+    """
+    config, data, mask = method.config, batch.experience, batch.experience.response_mask
+    params = policy_params(params, ref_params)
+    hidden = response_hidden(model, params, data)
+    logprobs, entropy = response_logprobs(model, params, hidden, data, sampling)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.sum(batch.token_weights * x, where=mask)
+
+    surrogate, clipped = method.surrogate(logprobs, data.logprobs, data.advantages, mask)
+    if data.importance is not None:
+        surrogate = surrogate * data.importance
+    policy_loss = jnp.sum(batch.policy_weights * surrogate)
+    metrics = ratio_metrics(logprobs, data.logprobs, mask, batch.token_weights)
+    metrics |= {"loss": policy_loss, "entropy": mean(entropy), "clip_frac": mean(clipped.astype(jnp.float32))}
+    loss = policy_loss
+    if config.ent_coef:  # without the bonus the entropy is only reported, and needs no backward pass
+        loss -= config.ent_coef * metrics["entropy"]
+    if config.kl_in == "loss":
+        assert data.ref_logprobs is not None
+        kl = None
+        if data.ref_hidden is not None:  # the exact KL
+            kl = response_kl(model, params, hidden, ref_params, data.ref_hidden, sampling)
+        metrics["kl_loss"] = jnp.sum(batch.policy_weights * token_kl(logprobs, data.ref_logprobs, kl, mask, config))
+        loss += kl_coef * metrics["kl_loss"]
+    if batch.texts is not None:
+        text_logprobs = token_logprobs(model, params, batch.texts)
+        metrics["ptx_loss"] = -jnp.sum(batch.text_weights * text_logprobs, where=predicted(batch.texts))
+        loss += config.ptx_coef * metrics["ptx_loss"]
+    metrics = {f"policy/{name}": x for name, x in metrics.items()}
+    broken_value = jnp.array(False)
+    if method.critic:
+        values = response_values(model, params, hidden, data)
+        errors, clipped = method.value_error(values, data.values, data.returns, mask)
+        metrics |= {"value/loss": mean(errors), "value/clip_frac": mean(clipped.astype(jnp.float32))}
+        loss += config.vf_coef * metrics["value/loss"]
+        broken_value = is_broken(jnp.where(mask, values, 0.0))
+    broken = (is_broken(jnp.where(mask, logprobs, 0.0)), broken_value, is_broken(loss))
+    names = ("broken/logprob", "broken/value", "broken/loss")
+    return loss, metrics | dict(zip(names, (x.astype(jnp.float32) for x in broken), strict=True))
+
+
+def gradient(
+    params: Params, batch: Minibatch, loss: Callable[[Params, Minibatch], tuple[jax.Array, Metrics]], parts: int
+) -> tuple[Params, Metrics]:
+    """The gradient of a minibatch, in `parts` that need the memory of one, and its metrics."""
+    grad = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return grad(params, batch)
+
+    def add(total: Params, part: Minibatch) -> tuple[Params, Metrics]:
+        grads, metrics = grad(params, part)
+        metrics["noise/small"] = jnp.square(parts * optax.tree.norm(grads))  # of a batch that is this part alone
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    grads, history = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), minibatches(batch, parts))
+    every = jnp.ones(parts, bool)
+    metrics = {name: gathered(name, x, every) for name, x in history.items()}
+    return grads, {name: x * parts if is_share(name) else x for name, x in metrics.items()}
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric of a part of a minibatch is its share of a mean over the whole."""
+    return not name.endswith(("_max", "_min", "_dev")) and not name.startswith(("broken/", "noise/"))
+
+
+def gathered(name: str, x: jax.Array, valid: jax.Array) -> jax.Array:
+    """One metric out of several values of it: the largest or smallest where its name says so, else the mean."""
+    if name.endswith(("_max", "_dev")) or name.startswith("broken/"):
+        return jnp.max(jnp.where(valid, x, 0.0))
+    if name.endswith("_min"):
+        return jnp.min(jnp.where(valid, x, jnp.finfo(jnp.float32).max))
+    return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def update(
+    model: ActorCritic,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    ref_params: Params,
+    experience: Experience,
+    texts: Examples | None,
+    key: jax.Array,
+    method: Method,
+    sampling: SamplingConfig,
+    shardings: Shardings,
+    spoilt: jax.Array | bool = False,
+) -> tuple[TrainState, jax.Array, Metrics]:
+    """`num_epochs` passes over the experience in `num_minibatches` gradient steps each, reshuffled every pass.
+
+    A gradient that is not finite is not applied, and none of an experience that is `spoilt`. A minibatch whose
+    approximate KL between the policies that act and learn is above `target_kl` ends the passes; one whose mean ratio is
+    above `ratio_threshold` is passed over.
+
+    Returns:
+        (state with new parameters and optimizer state, what was not finite `[quantities]` bool without the
+        experience's own, metrics averaged over the gradient steps).
+    """
+    config = method.config
+
+    def loss(params: Params, batch: Minibatch) -> tuple[jax.Array, Metrics]:
+        return ppo_loss(params, ref_params, model, batch, state.running.kl_coef, method, sampling)
+
+    def gradient_step(carry: tuple, data: tuple[Experience, Examples | None]) -> tuple[tuple, tuple]:
+        params, opt_state, stopped = carry
+        data = jax.lax.with_sharding_constraint(data, shardings.batch)
+        grads, metrics = gradient(params, make_minibatch(*data, method), loss, config.accumulation)
+        metrics["optim/grad_norm"] = optax.tree.norm(grads)
+        flags = [metrics.pop(f"broken/{name}") > 0 for name in ("logprob", "value", "loss")]
+        broken = jnp.concatenate([jnp.stack(flags), broken_leaves(grads)])
+        finite = ~jnp.any(broken) & jnp.logical_not(spoilt)
+        if config.target_kl:
+            stopped |= metrics["policy/approx_kl"] > config.target_kl
+
+        def apply(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        go = finite & ~stopped & (metrics["policy/ratio_mean"] <= config.ratio_threshold)
+        params, opt_state = jax.lax.cond(go, apply, lambda *same: same, params, opt_state)
+        return (params, opt_state, stopped), (metrics, broken, finite, go)
+
+    def epoch(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
+        order = jax.random.permutation(key, len(experience.tokens))
+        shuffled = jax.tree.map(lambda x: x[order], experience)
+        data = minibatches((shuffled, texts), config.num_minibatches)
+        if not config.target_kl:
+            return jax.lax.scan(gradient_step, carry, data)
+        # Once the passes have ended, the rest costs nothing.
+        shape = jax.eval_shape(gradient_step, carry, jax.tree.map(lambda x: x[0], data))[1]
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        nothing = (*nothing[:2], jnp.array(True), jnp.array(False))
+        return jax.lax.scan(
+            lambda carry, data: jax.lax.cond(carry[2], lambda c, d: (c, nothing), gradient_step, carry, data),
+            carry,
+            data,
+        )
+
+    start = (state.params, state.opt_state, jnp.array(False))
+    (params, opt_state, _), (history, broken, finite, applied) = jax.lax.scan(
+        epoch, start, jax.random.split(key, config.num_epochs)
+    )  # each [num_epochs, num_minibatches, ...]
+    metrics = {name: gathered(name, x, applied) for name, x in history.items()}
+    # Before the first gradient step the policy that learns is the policy that acted: a ratio that differs from one by
+    # more than rounding is a defect.
+    first = {f"policy/first_{name}": history[f"policy/{name}"][0, 0] for name in ("ratio_dev", "approx_kl")}
+    del metrics["policy/ratio_dev"]
+    small, size = metrics.pop("noise/small", jnp.zeros(())), len(experience.tokens) / config.num_minibatches
+    if config.noise_scale:
+        big = gathered("", jnp.square(history["optim/grad_norm"]), applied)
+        metrics["optim/noise_scale"] = noise_scale(small, big, size / config.accumulation, size)
+    metrics |= first | {"policy/updates": jnp.sum(applied).astype(jnp.float32)}
+    metrics["guard/skipped"] = jnp.sum(~finite).astype(jnp.float32)
+    return state.replace(params=params, opt_state=opt_state), jnp.any(broken, axis=(0, 1)), metrics
