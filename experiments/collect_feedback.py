@@ -170,8 +170,8 @@ def read_prompts(settings: FeedbackExperiment, responder: Responder) -> tuple[li
     for asked in fitted(settings.prompts, *how):
         if asked.prompt is None:
             dropped += 1
-        else:
-            prompts.append(asked.prompt)
+            continue
+        prompts.append(asked.prompt)
         if len(prompts) == settings.num_prompts:
             break
     expected = f"at least one of at most {settings.prompt_length} tokens ({dropped} are longer); config.long_prompts"

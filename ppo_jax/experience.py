@@ -240,8 +240,9 @@ def rollout_metrics(rollout: Rollout, scores: Scores, told: Opinions, sampling: 
     }
     for name, part in scores.parts.items():
         metrics[f"score/{name}"] = jnp.mean(part)
+    logprobs, ref_logprobs = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, told.ref_logprobs))
     for name in ("k1", "k2", "k3", "abs"):
-        kl = kl_estimate(rollout.logprobs, jnp.where(mask, told.ref_logprobs, 0.0), name)
+        kl = kl_estimate(logprobs, ref_logprobs, name)
         metrics |= estimate("objective/kl" if name == "k1" else f"kl/{name}", jnp.sum(kl, axis=1))
     if told.exact_kl is not None:
         metrics |= estimate("kl/exact", jnp.sum(jnp.where(mask, told.exact_kl, 0.0), axis=1))

@@ -87,9 +87,7 @@ def random_like(rng: np.random.Generator, shapes: Params, scale: float = 0.3) ->
 def random_decoder(rng: np.random.Generator, model: ModelConfig) -> Params:
     """Parameters of a `Decoder`."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return random_like(
-        rng, jax.eval_shape(Decoder(model).init, jax.random.key(0), tokens, tokens > 0)["params"]
-    )
+    return random_like(rng, jax.eval_shape(Decoder(model).init, jax.random.key(0), tokens, tokens > 0)["params"])
 
 
 def trained_part(rng: np.random.Generator, trained: str, base: Params, model: ModelConfig, key: jax.Array) -> Params:
@@ -218,7 +216,9 @@ def test_every_combination_that_is_promised_has_a_case():
                        ("tied", "dtype"), ("tied", "grouped"), ("trained", "critic")):  # fmt: skip
         seen = {(row[one], row[other]) for row in every}
         wanted = {(a[one], b[other]) for a in every for b in every}
-        unmet = wanted - seen - {("lora", "none"), ("dora", "none")}  # adapters have no way to tell whether a critic is there
+        unmet = (
+            wanted - seen - {("lora", "none"), ("dora", "none")}
+        )  # adapters have no way to tell whether a critic is there
         assert not unmet, (one, other, unmet)
 
 
@@ -254,7 +254,9 @@ def test_the_ratio_is_one_on_real_weights(dtype, trained, stories, rng, key):
     if trained == "lora":
         adapter_key, key = jax.random.split(key)
         changed, model = init_adapter(base, LORA, adapter_key), dataclasses.replace(model, lora_scale=LORA.scale)
-        changed = jax.tree.map(lambda x: x + 0.02 * jnp.asarray(rng.normal(size=x.shape), x.dtype), changed)  # B is not 0
+        changed = jax.tree.map(
+            lambda x: x + 0.02 * jnp.asarray(rng.normal(size=x.shape), x.dtype), changed
+        )  # B is not 0
     # The story's end, and letters and marks that stories hold, so that some end early.
     tokenizer = load_tokenizer(folder)
     marks = tokenizer.convert_tokens_to_ids(["▁and", "."])

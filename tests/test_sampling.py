@@ -347,7 +347,7 @@ def recite(script, rng, **changes):
     """(rollout, how many passes the trunk made) for a script; EOS ids are 1 and 2, the padding is 7."""
     sampling = SamplingConfig(**{"max_new_tokens": len(script[0]), "eos_ids": (1, 2), "pad_id": 7, **changes})
     prompts, model = left_padded(rng, [3] * len(script), 5), Scripted(script, 3)
-    rollout = jax.jit(partial(generate, model, sampling=sampling))({}, prompts, jax.random.key(0))
+    rollout = jax.jit(partial(generate, model, sampling=sampling))({"value_head": {}}, prompts, jax.random.key(0))
     jax.effects_barrier()
     assert_well_formed(rollout, prompts, sampling)
     return rollout, len(model.passes)
