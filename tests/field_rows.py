@@ -157,8 +157,9 @@ BASES: dict[type, dict[str, Any]] = {
                                   prompt_length=8, n="1,2,4", num_prompts=0),
     kinds.FeedbackExperiment: dict(model="@model", prompts="@prompts.jsonl", prompt_length=8, annotators=3),
     kinds.CorpusSettings: dict(num_train=60, num_heldout=5, num_demonstrations=5, num_prompts=8, vocab_size=600),
-    kinds.RLHFExperiment: dict(model="@model", prompts="@prompts.jsonl", num_eval_prompts=4,
-                               gold="@rewards.py:count_good", ppo=kinds.PPOExperiment(ppo=PPOConfig(prompt_length=8, response_length=4))),
+    kinds.RLHFExperiment: dict(model="@model", prompts="@prompts.jsonl", gold="@rewards.py:count_good",
+                               num_eval_prompts=4,
+                               ppo=kinds.PPOExperiment(ppo=PPOConfig(prompt_length=8, response_length=4))),
     kinds.CompareExperiment: dict(variants="a; b: ppo.lr=0.1", base=kinds.PPOExperiment()),
 }  # fmt: skip
 

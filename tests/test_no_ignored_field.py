@@ -126,7 +126,6 @@ def program(config: PPOConfig):
     # The reference is another model than the policy, or their KL would be zero.
     reference = jax.tree.map(lambda x: 0.7 * x, params["decoder"])
     state = state.replace(running=state.running.replace(**seen))
-    state = state.replace(pending=tuple(old.replace(tokens=old.tokens + 4) for old in state.pending))
     shardings = make_shardings(make_mesh(1, 1, 1), state)
     sampling = policy_sampling(config, (EOS,), 0, TRUNCATE)
     step = make_train_step(model, tx, method, sampling, shardings, lambda _, rollout: Scores(a_score(rollout)))
@@ -202,7 +201,10 @@ def world(tmp_path_factory):
     folders.write_jsonl(
         root / "pairs2.jsonl", [{"prompt": x["prompt"], **y} for x, y in zip(rows, swapped, strict=True)]
     )
-    scored = [{"prompt": x["prompt"], "completion": " is good", "score": float(i % 4)} for i, x in enumerate(rows)]
+    scored = [
+        {"prompt": x["prompt"], "completion": " is good", "score": (-1.0, 1.0, -2.0, 3.0)[i % 4]}
+        for i, x in enumerate(rows)
+    ]
     folders.write_jsonl(root / "scores.jsonl", scored)
     given = [{"prompt": x["prompt"], "completions": [" is good", " is bad"]} for x in rows[:4]]
     folders.write_jsonl(root / "given.jsonl", given)
@@ -675,6 +677,8 @@ def test_every_field_that_may_be_idle_is_above():
         "whiten_advantages": ("auto", "none"),
         "overlong_buffer": (0, 1),
         "score_scale": ("none", "batch"),
+        "kl_coef": (0.0, 0.1),
+        "vf_coef": (0.0, 0.1),
         "kl_target": (0.0, 6.0),
         "importance": ("none", "mask"),
         "lambda_length_scale": (0.0, 0.5),
