@@ -117,7 +117,7 @@ def program(config: PPOConfig):
     """(train step, state, reference) of a configuration, as the scripts put them together."""
     method, model = resolve(config), ActorCritic(TINY)
     _, tx = ppo_setup.optimizer(config, num_iterations=5)
-    params = jax.tree.map(jnp.asarray, bench().params)
+    params = jax.tree.map(jnp.array, bench().params)  # a copy: the step takes it over
     head = {"value_head": params["value_head"]} if method.critic else None
     state = init_state(params["decoder"], model, tx, method, jax.random.key(0), head)
     seen = dict(

@@ -108,7 +108,7 @@ def critic_of(rng: np.random.Generator, critic: str, model: ModelConfig) -> Para
 
 
 class Program(NamedTuple):
-    """A train step and where everything of it lives; host copies of what it starts from."""
+    """A train step and where everything of it lives, and what it starts from."""
 
     model: ActorCritic
     step: TrainStep
@@ -123,7 +123,7 @@ def program_of(
 ) -> Program:
     """The train step of these parameters."""
     method, actor_critic, (_, tx) = resolve(config), ActorCritic(model), optimizer(config, 10)
-    params = jax.device_get({"decoder": trained} | (critic or {}))
+    params = jax.tree.map(np.array, {"decoder": trained} | (critic or {}))  # copies: the step takes the buffers over
     state = init_state(trained, actor_critic, tx, method, key, critic)
     shardings = make_shardings(make_mesh(1, 1, 1), state, (), base)
     sampling = policy_sampling(config, eos_ids, PAD)
@@ -132,7 +132,7 @@ def program_of(
         return Scores(jnp.sum(rollout.response_mask * (rollout.response_tokens % 3), axis=1).astype(jnp.float32))
 
     step = make_train_step(actor_critic, tx, method, sampling, shardings, score)
-    return Program(actor_critic, step, shardings, jax.device_put(state, shardings.state), params, jax.device_get(base))
+    return Program(actor_critic, step, shardings, jax.device_put(state, shardings.state), params, base)
 
 
 def iterate(program: Program, prompts: Prompts):
@@ -216,9 +216,8 @@ def test_every_combination_that_is_promised_has_a_case():
                        ("tied", "dtype"), ("tied", "grouped"), ("trained", "critic")):  # fmt: skip
         seen = {(row[one], row[other]) for row in every}
         wanted = {(a[one], b[other]) for a in every for b in every}
-        unmet = (
-            wanted - seen - {("lora", "none"), ("dora", "none")}
-        )  # adapters have no way to tell whether a critic is there
+        # Without a critic an adapter is what it is with one.
+        unmet = wanted - seen - {("lora", "none"), ("dora", "none")}
         assert not unmet, (one, other, unmet)
 
 
@@ -245,8 +244,18 @@ def stories(shared):
     return shared / "models" / "stories15M", shared / "data" / "story_openings" / "prompts.jsonl"
 
 
-@pytest.mark.parametrize(("dtype", "trained"), [("float32", "lora"), ("bfloat16", "all")])
-def test_the_ratio_is_one_on_real_weights(dtype, trained, stories, rng, key):
+# In bfloat16 one token at a time and whole rows round differently before each matrix product, by up to 0.4 %, and the
+# logits of these weights are around 15: in 22 runs the largest of about 60 tokens was off by 0.01 to 0.11. With
+# `importance` the learner's own pass gives the old logprobs, and what is left is a weight, not a ratio.
+REAL = [
+    ("float32", "lora", "none", LARGEST["float32"]),
+    ("bfloat16", "all", "truncate", LARGEST["bfloat16"]),
+    ("bfloat16", "all", "none", 0.2),
+]
+
+
+@pytest.mark.parametrize(("dtype", "trained", "importance", "largest"), REAL)
+def test_the_ratio_is_one_on_real_weights(dtype, trained, importance, largest, stories, rng, key):
     folder, prompts = stories
     model = hub.load_config(folder, dtype=dtype, param_dtype=dtype if trained == "all" else "float32")
     base = jax.tree.map(jnp.asarray, hub.load_params(folder, model))
@@ -254,24 +263,23 @@ def test_the_ratio_is_one_on_real_weights(dtype, trained, stories, rng, key):
     if trained == "lora":
         adapter_key, key = jax.random.split(key)
         changed, model = init_adapter(base, LORA, adapter_key), dataclasses.replace(model, lora_scale=LORA.scale)
-        changed = jax.tree.map(
-            lambda x: x + 0.02 * jnp.asarray(rng.normal(size=x.shape), x.dtype), changed
-        )  # B is not 0
+        # B is no longer 0.
+        changed = jax.tree.map(lambda x: x + 0.02 * jnp.asarray(rng.normal(size=x.shape), x.dtype), changed)
     # The story's end, and letters and marks that stories hold, so that some end early.
     tokenizer = load_tokenizer(folder)
     marks = tokenizer.convert_tokens_to_ids(["▁and", "."])
     eos_ids = (*hub.load_eos_ids(folder), *marks)
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] in eos_ids
     config = PPOConfig(batch_size=8, prompt_length=12, response_length=24, min_new_tokens=4, temperature=0.7,
-                       num_epochs=1, num_minibatches=1)  # fmt: skip
+                       num_epochs=1, num_minibatches=1, importance=importance)  # fmt: skip
     asked = load_prompts(str(prompts), tokenizer, PAD, 12, "keep_end")
     sizes = np.array(asked.mask).sum(axis=1)
-    rows = np.concatenate([np.flatnonzero(sizes == size)[:2] for size in np.unique(sizes)[-4:]])[:8]
+    rows = np.concatenate([np.flatnonzero(sizes == size)[:3] for size in np.unique(sizes)[-4:]])[-8:]
     program = program_of(base, changed, model, config, critic_of(rng, "shared", model), eos_ids, key)
     batch = Prompts(jnp.asarray(asked.tokens[rows]), jnp.asarray(asked.mask[rows]))
     metrics, experience = iterate(program, batch)
     assert_responses_differ(experience, 4, eos_ids)
-    assert metrics["policy/first_ratio_dev"] <= LARGEST[dtype]
+    assert metrics["policy/first_ratio_dev"] <= largest
     values = learned_values(program, experience)
     scale = np.ptp(values[experience.response_mask])
     np.testing.assert_allclose(
