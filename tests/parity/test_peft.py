@@ -295,6 +295,9 @@ def test_stories(kind, shared, rng, tmp_path):
     assert max_relative_error(logits_of(config, params, tokens, mask), ours, mask) > 0.01
 
     model = randomized_adapter(model, int(rng.integers(2**31)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # as far from the base as training goes: further off, rounding grows with the logits
+            parameter.data *= 0.1
     model.save_pretrained(tmp_path / "theirs")
     again, adapter = hub.load_adapter(tmp_path / "theirs", config)
     assert again.scale == lora.scale
