@@ -59,6 +59,7 @@ WITH_CRITIC = ("gae",)
 WITH_GREEDY = ("remax",)
 WHITENED = ("gae", "reinforce", "reinforce_pp", "reinforce_pp_baseline")
 GROUPS_OF = "responses_per_prompt"  # read by sampling as well
+KL_OWN = ("kl_estimator", "kl_in", "kl_clamp", "kl_target")
 CRITICS_OWN = tuple("value_loss value_clip_eps huber_delta vf_coef critic_lr critic_warmup_iterations".split())
 
 
@@ -103,6 +104,7 @@ def idle(config: PPOConfig) -> dict[str, str]:
         "without overlong_buffer": (config.overlong_buffer > 0, "overlong_penalty"),
         "without score_scale": (config.score_scale != "none", "score_shift"),
         "without kl_target": (config.kl_target > 0, "kl_horizon"),
+        "with vf_coef=0": (config.vf_coef > 0, "critic_lr"),
         "without importance": (config.importance != "none", "importance_cap"),
         "where advantages are not whitened": (_whitening(config) != "none", "whiten_shift"),
         f"with advantage={config.advantage}": (config.advantage == "reinforce", "baseline_decay"),
@@ -112,6 +114,8 @@ def idle(config: PPOConfig) -> dict[str, str]:
         ),
     }
     unread |= {name: reason for reason, (read, name) in without.items() if not read}
+    if not config.kl_coef:  # an adaptive coefficient is multiplied, and stays 0 as well
+        unread |= dict.fromkeys(KL_OWN, "with kl_coef=0")
     if config.advantage not in WITH_CRITIC:
         unread |= dict.fromkeys(CRITICS_OWN, f"with advantage={config.advantage}, which has no critic")
     return unread

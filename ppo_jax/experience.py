@@ -39,8 +39,19 @@ class Opinions(NamedTuple):
     ref_logprobs: jax.Array
     ref_hidden: jax.Array | None  # [B, R, D], where the loss needs the whole distribution
     exact_kl: jax.Array | None  # policy against reference, over the whole vocabulary
-    logprobs: jax.Array | None  # of the policy that learns, where another one acted
+    logprobs: jax.Array | None  # of the policy that learns, see `asks_learner`
     values: jax.Array | None
+
+
+def asks_learner(model: ActorCritic, config: PPOConfig) -> bool:
+    """Whether the old log-probabilities and values come from one more pass of the policy that learns, not from acting.
+
+    They do where `importance` weighs the difference. They do as well in bfloat16, whose rounding is another in each
+    program: one token at a time over a cache and whole rows differ by up to 0.1 nats at a token, which would pass for a
+    step of the policy. In float32 acting and learning agree within 1e-4, and the pass is saved.
+    """
+    rounds = model.config.dtype != "float32" and not config.stale_iterations
+    return rounds or config.importance != "none"
 
 
 def consult(
@@ -64,7 +75,7 @@ def consult(
         exact_kl: the exact KL is needed.
     """
     reference = Decoder(model.config)
-    recompute = config.importance != "none"
+    recompute = asks_learner(model, config)
     keep_hidden = config.kl_in == "loss" and config.kl_estimator == "exact"
 
     def ask(part: Rollout) -> Opinions:
@@ -162,15 +173,15 @@ def make_experience(
     importance, behaviour = None, rollout.logprobs
     if told.logprobs is not None:
         rollout = rollout.replace(logprobs=jnp.where(mask, told.logprobs, 0.0))
-        importance = importance_weights(
-            rollout.logprobs, behaviour, mask, how=config.importance, cap=config.importance_cap
-        )
+    if config.importance != "none":
+        how = {"how": config.importance, "cap": config.importance_cap}
+        importance = importance_weights(rollout.logprobs, behaviour, mask, **how)
     if told.values is not None:
         rollout = rollout.replace(values=jnp.where(mask, told.values, 0.0))
 
     shaped, running = shape_scores(rollout, scores, running, config, sampling)
     penalty = jnp.zeros_like(rollout.logprobs)
-    if config.kl_in == "reward" and (config.kl_coef or config.kl_target):  # else 0, also of an infinite KL
+    if config.kl_in == "reward" and config.kl_coef:  # else 0, also of an infinite KL
         penalty = token_kl(rollout.logprobs, told.ref_logprobs, told.exact_kl, mask, config)
     rewards = kl_shaped_rewards(shaped.total, penalty, mask, running.kl_coef, shaped.tokens)
     if config.whiten_rewards:
@@ -191,6 +202,8 @@ def make_experience(
     if method.critic:
         metrics["value/mean"] = masked_mean(rollout.values, mask)
         metrics["value/explained_var"] = explained_variance(rollout.values, returns, mask)
+    if told.logprobs is not None:
+        metrics |= stale_metrics(behaviour, rollout)
     if importance is not None:
         metrics |= importance_metrics(importance, behaviour, rollout, config)
     running = running.replace(
@@ -249,14 +262,22 @@ def rollout_metrics(rollout: Rollout, scores: Scores, told: Opinions, sampling: 
     return metrics
 
 
+def stale_metrics(behaviour: jax.Array, rollout: Rollout) -> Metrics:
+    """How far the policy that acted, in its arithmetic, is from the one that learns in its own."""
+    mask = rollout.response_mask
+    log_ratio = jnp.where(mask, rollout.logprobs - behaviour, 0.0)
+    return {
+        "stale/kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),  # k3 of KL(actor || learner), nats a token
+        "stale/ratio_max": jnp.max(jnp.exp(log_ratio), where=mask, initial=0.0),
+    }
+
+
 def importance_metrics(importance: jax.Array, behaviour: jax.Array, rollout: Rollout, config: PPOConfig) -> Metrics:
-    """How far the policy that acted is from the one that learns."""
+    """What the weights are, and how many of them were cut."""
     mask = rollout.response_mask
     log_ratio = jnp.where(mask, rollout.logprobs - behaviour, 0.0)
     cut = importance == 0 if config.importance == "mask" else log_ratio > jnp.log(config.importance_cap)
     return {
-        "stale/kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),  # k3 of KL(actor || learner), nats a token
-        "stale/ratio_max": jnp.max(jnp.exp(log_ratio), where=mask, initial=0.0),
         "stale/weight_mean": masked_mean(importance, mask),
         "stale/cut_frac": masked_mean(cut.astype(jnp.float32), mask),
     }

@@ -27,20 +27,19 @@ import ml_collections
 
 from experiments.settings import CompareExperiment, defaults
 
-AS_TRL = "ppo.lr=1e-3 ppo.adam_b2=0.999"
+AS_TRL = "ppo.lr=1e-3 ppo.adam_b2=0.999 ppo.num_epochs=4 ppo.score_scale=none"
 # TRL 1.12.0's PPO: a critic on a trunk of its own with a head that is not zero, values clipped to +- 0.2, no gradient
 # clipping. TRL 1.16.0's RLOO: the ratio of a whole response, clipped to 1 +- 0.2, which of 48 tokens is the geometric
 # mean of GSPO between 0.8^(1/48) and 1.2^(1/48); its gradient is 48 times ours, hence 1 / 48 for the norm that it is
 # clipped to. It may end at EOS; PPO there does not.
-PPO_AS_TRL = f"critic={{task}}/critic ppo.max_grad_norm=inf {AS_TRL}"
+PPO_AS_TRL = f"critic={{task}}/critic ppo.value_loss=clip ppo.gae_lambda=0.95 ppo.max_grad_norm=inf {AS_TRL}"
 RLOO_AS_TRL = (
     "ppo.advantage=rloo ppo.responses_per_prompt=8 ppo.policy_loss=gspo ppo.clip_eps=0.00464 ppo.clip_eps_high=0.0038 "
     f"ppo.loss_aggregation=sequence ppo.max_grad_norm=0.0208 ppo.min_new_tokens=0 {AS_TRL}"
 )
-GRPO = "ppo.advantage=grpo ppo.responses_per_prompt=8 ppo.kl_in=loss ppo.kl_estimator=k3 ppo.num_epochs=1 ppo.lr=1e-3"
-PPO = (
-    "ppo.score_scale=reference ppo.score_shift=true reference_samples=64 ppo.value_loss=squared ppo.gae_lambda=1.0 "
-    "ppo.num_epochs=2 ppo.lr=1e-3"
+GRPO = (
+    "ppo.advantage=grpo ppo.responses_per_prompt=8 ppo.kl_in=loss ppo.kl_estimator=k3 ppo.num_epochs=1 ppo.lr=1e-3 "
+    "ppo.score_scale=none"
 )
 
 
@@ -48,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The settings."""
     config = defaults(CompareExperiment)
     config.task = "set_fraction"
-    config.variants = f"ppo: {PPO}; ppo_as_trl: {PPO_AS_TRL}; rloo_as_trl: {RLOO_AS_TRL}; grpo: {GRPO}"
+    config.variants = f"ppo: ppo.lr=1e-3; ppo_as_trl: {PPO_AS_TRL}; rloo_as_trl: {RLOO_AS_TRL}; grpo: {GRPO}"
     config.thresholds = "5,7,9"
     config.references = str(Path(__file__).with_name("anchor_peers.json"))
     config.base.num_iterations = 60
@@ -59,7 +58,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.base.ppo.prompt_length = 32
     config.base.ppo.response_length = 48
     config.base.ppo.min_new_tokens = 48
-    config.base.ppo.num_epochs = 4
     config.base.ppo.num_minibatches = 4
     config.base.ppo.kl_coef = 0.05
     return config

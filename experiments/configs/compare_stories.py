@@ -13,12 +13,13 @@ import ml_collections
 from experiments.settings import CompareExperiment, defaults
 
 GROUPS = "ppo.responses_per_prompt=4"
+LORA = "lora.rank=8 ppo.lr=5e-4"
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The settings: those of ppo_sentiment.py."""
     config = defaults(CompareExperiment)
-    config.variants = f"ppo; rloo: ppo.advantage=rloo {GROUPS}; grpo: ppo.advantage=grpo {GROUPS}"
+    config.variants = f"ppo; lora: {LORA}; rloo: ppo.advantage=rloo {GROUPS}; grpo: ppo.advantage=grpo {GROUPS}"
     config.thresholds = "0.5,0.6,0.7"
     config.base.long_prompts = "keep_start"
     config.base.reward = "vader"
@@ -27,8 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.base.ppo.batch_size = 64
     config.base.ppo.prompt_length = 32
     config.base.ppo.response_length = 48
-    config.base.ppo.num_epochs = 2
     config.base.ppo.num_minibatches = 4
     config.base.ppo.lr = 2e-5
-    config.base.ppo.kl_coef = 0.03
     return config

@@ -28,7 +28,7 @@ class LossOptions:
                                         "inverse) tokens are masked")  # fmt: skip
     ent_coef: float = option(0.0, "weight of the entropy bonus")
     ptx_coef: float = option(0.0, "weight of the next-token loss on texts of their own (ptx_data)")
-    value_loss: str = option("clip", "the critic's error; experiments/methods.py names them all")
+    value_loss: str = option("squared", "the critic's error; experiments/methods.py names them all")
     value_clip_eps: float = option(0.2, "largest rewarded move of a value from its old one")
     huber_delta: float = option(1.0, "where Huber's error turns from square to straight")
     vf_coef: float = option(0.1, "weight of the value loss")
@@ -49,7 +49,7 @@ class LossOptions:
 class OptimizerOptions:
     """The gradient steps of an iteration."""
 
-    num_epochs: int = option(4, "passes over the experience of an iteration")
+    num_epochs: int = option(2, "passes over the experience of an iteration")
     num_minibatches: int = option(4, "gradient steps a pass; batch_size must be a multiple")
     accumulation: int = option(1, "parts of a minibatch, one after the other: the same steps in less memory")
     lr: float = option(1e-5, "peak learning rate of Adam")

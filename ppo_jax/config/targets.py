@@ -20,11 +20,11 @@ class RewardOptions:
         -1.0, "with truncate_token: the score of a response without it, whatever the judge says of the whole"
     )
     score_scale: str = option(
-        "none",
+        "reference",
         "divides the scores by a standard deviation: running (of all so far), batch, or reference (of the reference's "
         "own responses, before the first iteration); none",
     )
-    score_shift: bool = option(False, "with score_scale: subtracts the mean of the same as well")
+    score_shift: bool = option(True, "with score_scale: subtracts the mean of the same as well")
     score_clip: float = option(math.inf, "scores are clipped to +- this")
     missing_eos_penalty: float = option(0.0, "subtracted from the score of a response that was cut by its length")
     length_penalty: float = option(0.0, "subtracted from the score for each response token")
@@ -76,7 +76,7 @@ class AdvantageOptions:
 
     advantage: str = option("gae", "the estimator of advantages; experiments/methods.py names them all")
     gamma: float = option(1.0, "discount per token")
-    gae_lambda: float = option(0.95, "0: one-step advantages, 1: Monte Carlo")
+    gae_lambda: float = option(1.0, "0: one-step advantages, 1: Monte Carlo")
     critic_lambda: float = option(-1.0, "the same for what the critic learns (VAPO: 1); -1: gae_lambda")
     lambda_length_scale: float = option(
         0.0, "a: the policy's lambda is 1 - 1 / (a x length of the response) (VAPO: 0.05); 0: gae_lambda"
