@@ -37,8 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.base.ppo.batch_size = 64
     config.base.ppo.prompt_length = 24
     config.base.ppo.response_length = 40
-    config.base.ppo.num_epochs = 2
+    config.base.ppo.score_scale = "none"  # on the fine-tuned model's samples the reward model's scores have deviation 1
     config.base.ppo.num_minibatches = 4
     config.base.ppo.lr = 1e-4
-    config.base.ppo.kl_coef = 0.05
     return config

@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.base.long_prompts = "keep_start"
     config.base.reward = "vader"
     config.base.kl_limit = 25.0
-    config.base.num_iterations = 24
+    config.base.num_iterations = 20
     config.base.ppo.batch_size = 64
     config.base.ppo.prompt_length = 32
     config.base.ppo.response_length = 48

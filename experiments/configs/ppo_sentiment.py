@@ -24,12 +24,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.long_prompts = "keep_start"
     config.reward = "vader"
     config.kl_limit = 25.0
-    config.num_iterations = 24
+    config.num_iterations = 20
     config.ppo.batch_size = 64
     config.ppo.prompt_length = 32
     config.ppo.response_length = 48
-    config.ppo.num_epochs = 2
     config.ppo.num_minibatches = 4
     config.ppo.lr = 2e-5
-    config.ppo.kl_coef = 0.03
     return config

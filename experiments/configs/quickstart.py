@@ -59,8 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.ppo.batch_size = 64
     config.ppo.ppo.prompt_length = 24
     config.ppo.ppo.response_length = 40
-    config.ppo.ppo.num_epochs = 2
+    config.ppo.ppo.score_scale = "none"  # on the fine-tuned model's samples the reward model's scores have deviation 1
     config.ppo.ppo.num_minibatches = 4
     config.ppo.ppo.lr = 1e-4
-    config.ppo.ppo.kl_coef = 0.05
     return config
