@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments import cli, train_ppo
 from experiments.anchor import write_set_fraction
-from experiments.rollouts import batch_of
 from experiments.settings import CompareExperiment, PPOExperiment
 from experiments.settings.compare import TASK_FOLDER
 from experiments.stages import Stages, identity
@@ -72,7 +70,7 @@ class Run(NamedTuple):
 
         Args:
             stages: of the workdir.
-            programs: see `compile_ahead`; the first seed of a variant that needs them compiles them for the others.
+            programs: see `compiled_step`; the first seed of a variant that needs them compiles them for the others.
         """
         given, after, seed = self.given, [], self.given.seed
         if self.task:
@@ -83,7 +81,7 @@ class Run(NamedTuple):
         def work(folder: Path) -> dict[str, Any]:
             setup = train_ppo.prepare(given)
             if not programs:
-                programs.append(compile_ahead(setup))
+                programs.append(compiled_step(setup))
             step, peak = programs[0]
             parameters = count_parameters(setup.state.params)
             train_ppo.train(setup._replace(step=step), folder)
@@ -120,21 +118,13 @@ def curve(folder: Path, metric: str) -> dict[str, Any]:
     }
 
 
-def compile_ahead(setup: train_ppo.Setup) -> tuple[TrainStep, float | None]:
-    """The programs of an iteration, compiled, and the memory that the largest needs on each device with its arguments,
-    in MiB; None where the backend does not say.
+def compiled_step(setup: train_ppo.Setup) -> tuple[TrainStep, float | None]:
+    """A train step whose programs are compiled, and the memory that the largest needs on each device with its
+    arguments, in MiB; None where the backend does not say.
     """
-    step, given = setup.step, (setup.state, setup.ref_params)
-    batch, texts = batch_of(setup, setup.prompts, train_ppo.rows_of(setup, 0)), train_ppo.texts_to_learn(setup, 0)
-    if step.iterate:
-        programs = {"iterate": step.iterate.lower(*given, batch, setup.judges.params, texts)}
-    else:
-        rollout = jax.eval_shape(step.act, *given, batch)
-        programs = {"act": step.act.lower(*given, batch)}
-        programs |= {"learn": step.learn.lower(*given, rollout, setup.scores, texts)}
-    compiled: dict[str, Any] = {name: lowered.compile() for name, lowered in programs.items()}
-    peak = max(program_cost(program)["peak_mb"] for program in compiled.values())
-    return step._replace(**compiled), peak if math.isfinite(peak) else None
+    programs = train_ppo.compile_ahead(setup)
+    peak = max(program_cost(program)["peak_mb"] for program in programs.values())
+    return setup.step._replace(**programs), peak if math.isfinite(peak) else None
 
 
 def summary(runs: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> dict[str, Any]:

@@ -228,20 +228,20 @@ def announce(setup: Setup, reporter: Reporter, start: int) -> None:
     reporter.print(f"prompts: {len(prompts.texts):,} of at most {limit} tokens ({fate})")
 
 
+def compile_ahead(setup: Setup) -> dict[str, Any]:
+    """The programs of an iteration, compiled, by their names in `TrainStep`."""
+    step, given = setup.step, (setup.state, setup.ref_params)
+    batch, texts = batch_of(setup, setup.prompts, rows_of(setup, 0)), texts_to_learn(setup, 0)
+    if step.iterate:
+        return {"iterate": step.iterate.lower(*given, batch, setup.judges.params, texts).compile()}
+    rollout = jax.eval_shape(step.act, *given, batch)
+    learn = step.learn.lower(*given, rollout, setup.scores, texts)
+    return {"act": step.act.lower(*given, batch).compile(), "learn": learn.compile()}
+
+
 def dry_run(settings: PPOExperiment) -> None:
     """Compiles the programs of an iteration and prints what they cost on each device."""
-    setup = prepare(settings)
-    batch, texts = batch_of(setup, setup.prompts, rows_of(setup, 0)), texts_to_learn(setup, 0)
-    given = (setup.state, setup.ref_params)
-    if setup.step.iterate:
-        programs = {"iterate": setup.step.iterate.lower(*given, batch, setup.judges.params, texts)}
-    else:
-        rollout = jax.eval_shape(setup.step.act, *given, batch)
-        programs = {
-            "act": setup.step.act.lower(*given, batch),
-            "learn": setup.step.learn.lower(*given, rollout, setup.scores, texts),
-        }
-    print_costs({name: program_cost(lowered.compile()) for name, lowered in programs.items()})
+    print_costs({name: program_cost(program) for name, program in compile_ahead(prepare(settings)).items()})
 
 
 def main(settings: PPOExperiment, workdir: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_disable_most_optimizations", True)  # of LLVM, not of XLA: most of a test's time is compilation
 
 SEED_VARIABLE = "PPO_JAX_TEST_SEED"
 TORCH_IS_MISSING = importlib.util.find_spec("torch") is None

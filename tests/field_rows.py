@@ -49,8 +49,8 @@ PPO_ROWS: dict[str, list[Row]] = {
     "truncate_after": row(1, 3),
     "stale_iterations": row(1) + row(1, by="prepared"),
     "missing_token_score": row(-2.0),
-    "score_scale": row("running", "batch", "reference"),
-    "score_shift": row(True, score_scale="batch") + row(True, score_scale="running"),
+    "score_scale": row("none", "running", "batch"),
+    "score_shift": row(False) + row(False, score_scale="batch") + row(False, score_scale="running"),
     "score_clip": row(0.7),
     "missing_eos_penalty": row(0.5),
     "length_penalty": row(0.1, -0.1),
@@ -65,10 +65,10 @@ PPO_ROWS: dict[str, list[Row]] = {
     "kl_horizon": row(100.0, kl_target=6.0),
     "target_kl": row(1e-9),
     "exact_kl": row(True),
-    "advantage": row(*(set(METHODS["advantage"]) - {"gae"}), gae_lambda=0.95, **GROUPS),
+    "advantage": row(*(set(METHODS["advantage"]) - {"gae"}), **GROUPS),
     "gamma": row(0.9) + row(0.9, advantage="reinforce_pp"),
     "gae_lambda": row(0.5, 0.0) + row(0.5, critic_lambda=1.0) + row(0.5, lambda_length_scale=0.5),
-    "critic_lambda": row(1.0, 0.3),
+    "critic_lambda": row(0.9, 0.3),
     "lambda_length_scale": row(0.4, 0.6),
     "baseline_decay": row(0.5, advantage="reinforce"),
     "whiten_advantages": row("none", "minibatch", num_minibatches=2)
@@ -86,8 +86,8 @@ PPO_ROWS: dict[str, list[Row]] = {
     "importance_cap": row(1.1, importance="truncate") + row(1.1, importance="mask"),
     "ent_coef": row(0.1),
     "ptx_coef": row(0.2, ptx_coef=0.1),
-    "value_loss": row("squared", "huber"),
-    "value_clip_eps": row(0.05),
+    "value_loss": row("clip", "huber"),
+    "value_clip_eps": row(0.05, value_loss="clip"),
     "huber_delta": row(0.1, value_loss="huber"),
     "vf_coef": row(0.0, 0.5),
     "num_epochs": row(2),
@@ -119,14 +119,18 @@ IDLE = {  # in which company nothing reads a field
     "clip_eps": dict(policy_loss="none"),
     "clip_eps_high": dict(policy_loss="none"),
     "dual_clip": dict(policy_loss="gspo"),
-    "value_clip_eps": dict(value_loss="squared"),
+    "value_clip_eps": {},
     "huber_delta": {},
     "value_loss": dict(advantage="rloo", **GROUPS),
     "vf_coef": dict(advantage="dr_grpo", **GROUPS),
-    "critic_lr": dict(advantage="remax"),
+    "critic_lr": dict(vf_coef=0.0),
     "critic_warmup_iterations": dict(advantage="reinforce_pp"),
     "overlong_penalty": {},
-    "score_shift": {},
+    "score_shift": dict(score_scale="none"),
+    "kl_estimator": dict(kl_coef=0.0),
+    "kl_in": dict(kl_coef=0.0),
+    "kl_clamp": dict(kl_coef=0.0),
+    "kl_target": dict(kl_coef=0.0),
     "kl_horizon": {},
     "importance_cap": {},
 }
@@ -171,9 +175,9 @@ REWARD_RUN = "test_train_reward.py::test_a_run_leaves_what_it_promises"
 ROAD = "test_rlhf.py::test_every_stage_leaves_its_result"
 KEPT = "test_resume.py::test_what_ends_early_ends_with_the_same_bits"
 KL = PPOConfig(batch_size=4, prompt_length=8, response_length=4, num_minibatches=1)
-KL_SCALED, KL_TEXTS, KL_LINEAR = (
+UNSCALED, KL_TEXTS, KL_LINEAR = (
     dataclasses.replace(KL, **changes)
-    for changes in ({"score_scale": "reference"}, {"ptx_coef": 0.1}, {"lr_schedule": "linear"})
+    for changes in ({"score_scale": "none"}, {"ptx_coef": 0.1}, {"lr_schedule": "linear"})
 )
 TEXTS = {"ppo": KL_TEXTS, "ptx_data": "@texts.jsonl", "ptx_length": 16, "ptx_batch_size": 8}
 SERVICE = {"reward": "http://127.0.0.1:9/"}
@@ -285,7 +289,7 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "gold": row("@rewards.py:count_good"),
         "critic": row("policy", "model"),
         "truncate_token": row("▁."),
-        "reference_samples": row(6) + row(6, ppo=KL_SCALED, by="begun"),
+        "reference_samples": row(6, ppo=UNSCALED) + row(6, by="begun"),
         "ptx_data": row("@texts.jsonl") + row("@texts2.jsonl", **TEXTS),
         "ptx_split": row("test") + row("test", **(TEXTS | {"ptx_data": "@texts"})),
         "ptx_length": row(9) + row(9, **TEXTS),

@@ -65,6 +65,7 @@ PPO = PPOConfig(
     lr=2e-2,
     adam_eps=1e-4,
     kl_coef=0.01,
+    score_scale="none",
 )
 SIX = dataclasses.replace(PPO, batch_size=6)  # as many as there are prompt sizes
 

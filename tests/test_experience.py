@@ -343,7 +343,7 @@ def test_a_kl_in_the_loss_takes_the_reference_along(rng):
 # Every setting, and the helpers.
 
 CHANGES = {
-    "gamma": 0.9, "gae_lambda": 0.5, "critic_lambda": 1.0, "lambda_length_scale": 0.1, "whiten_advantages": "none",
+    "gamma": 0.9, "gae_lambda": 0.5, "critic_lambda": 0.9, "lambda_length_scale": 0.1, "whiten_advantages": "none",
     "whiten_shift": False, "whiten_rewards": True, "kl_estimator": "k2", "kl_clamp": 0.2, "kl_in": "loss",
     "score_scale": "batch", "score_clip": 0.3, "missing_eos_penalty": 0.5, "length_penalty": 0.1, "overlong_buffer": 9,
     "importance": "mask", "exact_kl": True,

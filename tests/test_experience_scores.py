@@ -50,7 +50,7 @@ def test_scores_are_scaled_clipped_and_priced_in_this_order():
 
 
 def test_the_running_scale_is_that_of_all_scores_so_far(rng):
-    config = dataclasses.replace(SIX, score_scale="running")
+    config = dataclasses.replace(SIX, score_scale="running", score_shift=False)
     batches, at = rng.normal(3, 2, (3, 6)), running()
     for i, batch in enumerate(batches):
         made, _, at = shaped(config, np.full((6, R), 9), (3,) * 6, batch, COLD, at)
@@ -59,7 +59,7 @@ def test_the_running_scale_is_that_of_all_scores_so_far(rng):
         np.testing.assert_allclose(at.score_mean, np.mean(so_far), rtol=1e-5)
     assert at.score_count == 18
     # "reference": as it was measured before the first iteration, and never again.
-    config = dataclasses.replace(SIX, score_scale="reference", score_shift=True)
+    config = dataclasses.replace(SIX, score_scale="reference")
     made, _, after = shaped(config, np.full((6, R), 9), (3,) * 6, batches[0], COLD, at)
     np.testing.assert_allclose(made, (batches[0] - np.mean(batches)) / np.std(batches), rtol=1e-4, atol=1e-5)
     assert after == at
@@ -84,7 +84,7 @@ def test_a_response_without_the_truncation_token_has_a_fixed_score():
     made, _, _ = shaped(config, tokens, (7, 5, R, 9, R), [1, 2, 3, np.nan, 5], sampling)
     np.testing.assert_array_equal(made, [1, 2, -7, -7, -7])
     # It is a score like another one: scaled with the others, and its length is priced as well.
-    config = dataclasses.replace(config, score_scale="batch", length_penalty=0.1)
+    config = dataclasses.replace(config, score_scale="batch", score_shift=False, length_penalty=0.1)
     scaled, _, _ = shaped(config, tokens, (7, 5, R, 9, R), [1, 2, 3, 4, 5], sampling)
     np.testing.assert_allclose(scaled, made / made.std() - 0.1 * np.array([7, 5, R, 9, R]), rtol=1e-5)
 

@@ -102,7 +102,7 @@ IDLE = [
     *((f"advantage={name}", named(name), "gamma", 0.9) for name in ("rloo", "grpo", "dr_grpo",
                                                                     "reinforce_pp_baseline")),
     *((f"advantage={name}, which has no critic", named(name), field, value) for name in CRITIC_FREE
-      for field, value in (("vf_coef", 0.2), ("value_loss", "squared"), ("value_clip_eps", 0.3), ("critic_lr", 1e-4),
+      for field, value in (("vf_coef", 0.2), ("value_loss", "clip"), ("value_clip_eps", 0.3), ("critic_lr", 1e-4),
                            ("huber_delta", 2.0), ("critic_warmup_iterations", 1))),
     *((f"advantage={name}", named(name), "baseline_decay", 0.5) for name in METHODS["advantage"]
       if name != "reinforce"),
@@ -113,11 +113,14 @@ IDLE = [
     ("policy_loss=gspo", PPOConfig(policy_loss="gspo"), "dual_clip", 3.0),
     ("policy_loss=cispo", PPOConfig(policy_loss="cispo", clip_eps_high=4.0), "clip_eps", 0.1),
     ("policy_loss=cispo", PPOConfig(policy_loss="cispo", clip_eps_high=4.0), "dual_clip", 3.0),
-    ("value_loss=clip", PPOConfig(), "huber_delta", 2.0),
-    ("value_loss=squared", PPOConfig(value_loss="squared"), "value_clip_eps", 0.1),
+    ("value_loss=clip", PPOConfig(value_loss="clip"), "huber_delta", 2.0),
+    ("value_loss=squared", PPOConfig(), "value_clip_eps", 0.1),
     ("value_loss=huber", PPOConfig(value_loss="huber"), "value_clip_eps", 0.1),
     ("without overlong_buffer", PPOConfig(), "overlong_penalty", 2.0),
-    ("without score_scale", PPOConfig(), "score_shift", True),
+    ("without score_scale", PPOConfig(score_scale="none"), "score_shift", False),
+    *(("with kl_coef=0", PPOConfig(kl_coef=0.0), field, value) for field, value in (
+        ("kl_estimator", "k3"), ("kl_in", "loss"), ("kl_clamp", 5.0), ("kl_target", 6.0))),
+    ("with vf_coef=0", PPOConfig(vf_coef=0.0), "critic_lr", 1e-4),
     ("without kl_target", PPOConfig(), "kl_horizon", 10.0),
     ("without importance", PPOConfig(), "importance_cap", 3.0),
 ]  # fmt: skip
@@ -136,11 +139,12 @@ READ = [
     PPOConfig(gamma=0.9, gae_lambda=0.5, critic_lambda=1.0, whiten_shift=False),
     PPOConfig(gae_lambda=0.5, lambda_length_scale=0.05),
     PPOConfig(critic_lambda=1.0, lambda_length_scale=0.05),
-    PPOConfig(clip_eps=0.1, clip_eps_high=0.3, dual_clip=3.0, value_clip_eps=math.inf, vf_coef=1.0, critic_lr=1e-4),
+    PPOConfig(clip_eps=0.1, clip_eps_high=0.3, dual_clip=3.0),
+    PPOConfig(value_loss="clip", value_clip_eps=math.inf, vf_coef=1.0, critic_lr=1e-4),
     PPOConfig(policy_loss="gspo", clip_eps=3e-4, clip_eps_high=4e-4),
     PPOConfig(policy_loss="cispo", clip_eps_high=4.0),
     PPOConfig(value_loss="huber", huber_delta=2.0, critic_warmup_iterations=2, responses_per_prompt=4),
-    PPOConfig(overlong_buffer=4, overlong_penalty=2.0, score_scale="running", score_shift=True),
+    PPOConfig(overlong_buffer=4, overlong_penalty=2.0, score_scale="running", score_shift=False),
     PPOConfig(kl_target=6.0, kl_horizon=10.0, importance="mask", importance_cap=3.0, stale_iterations=1),
     named("reinforce", gamma=0.9, baseline_decay=0.5, whiten_shift=False),
     named("grpo", whiten_advantages="batch", whiten_shift=False),
@@ -156,7 +160,7 @@ def test_the_same_settings_are_accepted_where_they_are_read(config):
 
 def test_a_setting_is_idle_by_what_the_others_are():
     assert idle(PPOConfig()).keys() == {
-        "huber_delta", "overlong_penalty", "score_shift", "kl_horizon", "importance_cap", "baseline_decay",
+        "huber_delta", "value_clip_eps", "overlong_penalty", "kl_horizon", "importance_cap", "baseline_decay",
     }  # fmt: skip
 
 

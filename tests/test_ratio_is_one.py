@@ -245,17 +245,10 @@ def stories(shared):
 
 
 # In bfloat16 one token at a time and whole rows round differently before each matrix product, by up to 0.4 %, and the
-# logits of these weights are around 15: in 22 runs the largest of about 60 tokens was off by 0.01 to 0.11. With
-# `importance` the learner's own pass gives the old logprobs, and what is left is a weight, not a ratio.
-REAL = [
-    ("float32", "lora", "none", LARGEST["float32"]),
-    ("bfloat16", "all", "truncate", LARGEST["bfloat16"]),
-    ("bfloat16", "all", "none", 0.2),
-]
-
-
-@pytest.mark.parametrize(("dtype", "trained", "importance", "largest"), REAL)
-def test_the_ratio_is_one_on_real_weights(dtype, trained, importance, largest, stories, rng, key):
+# logits of these weights are around 15: in 22 runs the largest ratio to the acting policy of about 60 tokens was off by
+# 0.01 to 0.11. Hence the learner's own pass gives the old logprobs there.
+@pytest.mark.parametrize(("dtype", "trained"), [("float32", "lora"), ("bfloat16", "all"), ("bfloat16", "lora")])
+def test_the_ratio_is_one_on_real_weights(dtype, trained, stories, rng, key):
     folder, prompts = stories
     model = hub.load_config(folder, dtype=dtype, param_dtype=dtype if trained == "all" else "float32")
     base = jax.tree.map(jnp.asarray, hub.load_params(folder, model))
@@ -271,7 +264,7 @@ def test_the_ratio_is_one_on_real_weights(dtype, trained, importance, largest, s
     eos_ids = (*hub.load_eos_ids(folder), *marks)
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] in eos_ids
     config = PPOConfig(batch_size=8, prompt_length=12, response_length=24, min_new_tokens=4, temperature=0.7,
-                       num_epochs=1, num_minibatches=1, importance=importance)  # fmt: skip
+                       num_epochs=1, num_minibatches=1)  # fmt: skip
     asked = load_prompts(str(prompts), tokenizer, PAD, 12, "keep_end")
     sizes = np.array(asked.mask).sum(axis=1)
     rows = np.concatenate([np.flatnonzero(sizes == size)[:3] for size in np.unique(sizes)[-4:]])[-8:]
@@ -279,7 +272,9 @@ def test_the_ratio_is_one_on_real_weights(dtype, trained, importance, largest, s
     batch = Prompts(jnp.asarray(asked.tokens[rows]), jnp.asarray(asked.mask[rows]))
     metrics, experience = iterate(program, batch)
     assert_responses_differ(experience, 4, eos_ids)
-    assert metrics["policy/first_ratio_dev"] <= largest
+    assert metrics["policy/first_ratio_dev"] <= LARGEST[dtype]
+    if dtype == "bfloat16":  # what acting thought is another matter, and is told
+        assert 1 < metrics["stale/ratio_max"] < 1.3
     values = learned_values(program, experience)
     scale = np.ptp(values[experience.response_mask])
     np.testing.assert_allclose(

@@ -148,8 +148,8 @@ def test_a_configuration_file_cannot_add_a_field():
 
 
 def test_a_whole_number_is_a_number():
-    made = from_config_dict(PPOExperiment, ml_collections.ConfigDict({"kl_limit": 20, "ppo": {"value_clip_eps": 1}}))
-    assert (made.kl_limit, made.ppo.value_clip_eps) == (20, 1)
+    made = from_config_dict(PPOExperiment, ml_collections.ConfigDict({"kl_limit": 20, "ppo": {"clip_eps": 1}}))
+    assert (made.kl_limit, made.ppo.clip_eps) == (20, 1)
 
 
 def test_a_missing_field_has_its_default():

@@ -35,7 +35,7 @@ from ppo_jax.sampling import SamplingConfig
 from ppo_jax.update import make_minibatch, ppo_loss
 
 GPT2, LLAMA = ONE_LAYER["gpt2"], ONE_LAYER["llama"]
-CONFIG = dataclasses.replace(SIX, vf_coef=0.3, ent_coef=0.05)
+CONFIG = dataclasses.replace(SIX, vf_coef=0.3, ent_coef=0.05, value_loss="clip")
 
 
 def changed(config=CONFIG, **changes):

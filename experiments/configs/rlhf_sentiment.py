@@ -43,4 +43,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.ppo.num_minibatches = 4
     config.ppo.ppo.lr = 2e-5
     config.ppo.ppo.kl_coef = 0.06
+    config.ppo.ppo.gae_lambda = 0.95
+    config.ppo.ppo.value_loss = "clip"
     return config
