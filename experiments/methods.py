@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Callable]] = {
 }
 WITH_CRITIC = ("gae",)
 WITH_GREEDY = ("remax",)
-WHITENED = ("gae", "reinforce", "reinforce_pp", "reinforce_pp_baseline")
+WHITENED = ("gae", "reinforce_pp", "reinforce_pp_baseline")  # of "reinforce" it would take the baseline out again
 GROUPS_OF = "responses_per_prompt"  # read by sampling as well
 KL_OWN = ("kl_estimator", "kl_in", "kl_clamp", "kl_target")
 CRITICS_OWN = tuple("value_loss value_clip_eps huber_delta vf_coef critic_lr critic_warmup_iterations".split())
@@ -104,7 +104,11 @@ def idle(config: PPOConfig) -> dict[str, str]:
         "without overlong_buffer": (config.overlong_buffer > 0, "overlong_penalty"),
         "without score_scale": (config.score_scale != "none", "score_shift"),
         "without kl_target": (config.kl_target > 0, "kl_horizon"),
-        "with vf_coef=0": (config.vf_coef > 0, "critic_lr"),
+        "with vf_coef=0 and weight_decay=0": (config.vf_coef > 0 or config.weight_decay > 0, "critic_lr"),
+        "with kl_in=reward and kl_estimator=exact, which logs it": (
+            config.kl_in != "reward" or config.kl_estimator != "exact",
+            "exact_kl",
+        ),
         "without importance": (config.importance != "none", "importance_cap"),
         "where advantages are not whitened": (_whitening(config) != "none", "whiten_shift"),
         f"with advantage={config.advantage}": (config.advantage == "reinforce", "baseline_decay"),

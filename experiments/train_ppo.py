@@ -9,6 +9,7 @@ results.md. The same command again goes on where the run stopped.
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from experiments.results import print_costs, results_page
 from experiments.rollouts import batch_of, judge, judge_on_host, texts_of
 from experiments.settings import PPOExperiment, tracker_names
 from ppo_jax.data import batch_indices
+from ppo_jax.errors import check
+from ppo_jax.experience import truncation_scores
 from ppo_jax.guard import quantities
 from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
 from ppo_jax.planning import count_parameters, program_cost
@@ -119,9 +122,12 @@ def begin(setup: Setup, state: TrainState) -> TrainState:
             at, rows = state.replace(step=jnp.int32(-1000 - i)), rows_of(setup, i)
             rollout = setup.step.act(at, setup.ref_params, batch_of(setup, setup.prompts, rows))
             scores = judge(setup, setup.prompts, rows, rollout)
-            seen = Moments(running.score_count, running.score_mean, running.score_m2)
-            moments = add_batch(seen, scores.whole)
+            whole = truncation_scores(rollout, scores, config, setup.sampling).whole
+            moments = add_batch(Moments(running.score_count, running.score_mean, running.score_m2), whole)
             running = running.replace(score_count=moments.count, score_mean=moments.mean, score_m2=moments.m2)
+        spread = float(running.score_m2)
+        told = "finite scores of the reference's own responses, for ppo.score_scale=reference"
+        check("config.reward: squared deviations", spread, math.isfinite(spread), told)
     return jax.device_put(state.replace(pending=tuple(waiting), running=running), setup.shardings.state)
 
 
@@ -234,9 +240,13 @@ def compile_ahead(setup: Setup) -> dict[str, Any]:
     batch, texts = batch_of(setup, setup.prompts, rows_of(setup, 0)), texts_to_learn(setup, 0)
     if step.iterate:
         return {"iterate": step.iterate.lower(*given, batch, setup.judges.params, texts).compile()}
-    rollout = jax.eval_shape(step.act, *given, batch)
-    learn = step.learn.lower(*given, rollout, setup.scores, texts)
-    return {"act": step.act.lower(*given, batch).compile(), "learn": learn.compile()}
+    rollout, scores = jax.eval_shape(step.act, *given, batch), setup.scores
+    programs = {"act": step.act.lower(*given, batch)}
+    if setup.method.greedy:
+        programs["greedy"] = step.greedy.lower(*given, batch)
+        scores = scores.replace(greedy=scores.total)
+    programs["learn"] = step.learn.lower(*given, rollout, scores, texts)
+    return {name: lowered.compile() for name, lowered in programs.items()}
 
 
 def dry_run(settings: PPOExperiment) -> None:

@@ -48,7 +48,8 @@ def asks_learner(model: ActorCritic, config: PPOConfig) -> bool:
 
     They do where `importance` weighs the difference. They do as well in bfloat16, whose rounding is another in each
     program: one token at a time over a cache and whole rows differ by up to 0.1 nats at a token, which would pass for a
-    step of the policy. In float32 acting and learning agree within 1e-4, and the pass is saved.
+    step of the policy. In float32 acting and learning agree within 1e-4, and the pass is saved. Of a stale rollout
+    without `importance` the old policy is the one that acted, in any precision.
     """
     rounds = model.config.dtype != "float32" and not config.stale_iterations
     return rounds or config.importance != "none"
@@ -103,11 +104,9 @@ def shape_scores(
     Returns:
         (scores, the running moments with this batch in them).
     """
+    scores = truncation_scores(rollout, scores, config, sampling)
     mask, total, tokens, greedy = rollout.response_mask, scores.total, scores.tokens, scores.greedy
-    if sampling.truncate_id is not None:
-        at_token = dataclasses.replace(sampling, eos_ids=())
-        total = jnp.where(has_ended(rollout, at_token), total, config.missing_token_score)
-    whole = scores.replace(total=total).whole
+    whole = scores.whole
     moments = Moments(running.score_count, running.score_mean, running.score_m2)
     if config.score_scale == "running":
         moments = add_batch(moments, whole)
@@ -130,6 +129,14 @@ def shape_scores(
         response_length=config.response_length,
     )
     return scores.replace(total=total, tokens=tokens, greedy=greedy), running
+
+
+def truncation_scores(rollout: Rollout, scores: Scores, config: PPOConfig, sampling: SamplingConfig) -> Scores:
+    """The judges' scores, with `missing_token_score` where a truncation token is asked for and is not there."""
+    if sampling.truncate_id is None:
+        return scores
+    there = has_ended(rollout, dataclasses.replace(sampling, eos_ids=()))
+    return scores.replace(total=jnp.where(there, scores.total, config.missing_token_score))
 
 
 def has_ended(rollout: Rollout, sampling: SamplingConfig) -> jax.Array:

@@ -103,7 +103,11 @@ class Rollout(_Replaceable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experience(Rollout):
-    """A rollout with its learning targets."""
+    """A rollout with its learning targets.
+
+    Its `logprobs` and `values` are the old ones of the loss: of acting, or of the learner's own pass where
+    `experience.asks_learner` says so.
+    """
 
     advantages: jax.Array  # [B, R] float32, 0 where masked
     returns: jax.Array  # [B, R] float32: what the critic should have said

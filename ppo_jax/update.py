@@ -210,8 +210,8 @@ def update(
         epoch, start, jax.random.split(key, config.num_epochs)
     )  # each [num_epochs, num_minibatches, ...]
     metrics = {name: gathered(name, x, applied) for name, x in history.items()}
-    # Before the first gradient step the policy that learns is the policy that acted: a ratio that differs from one by
-    # more than rounding is a defect.
+    # Before the first gradient step the policy that learns is the old one, unless the rollout is stale: a ratio that
+    # differs from one by more than rounding is a defect.
     first = {f"policy/first_{name}": history[f"policy/{name}"][0, 0] for name in ("ratio_dev", "approx_kl")}
     del metrics["policy/ratio_dev"]
     small, size = metrics.pop("noise/small", jnp.zeros(())), len(experience.tokens) / config.num_minibatches

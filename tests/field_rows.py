@@ -132,6 +132,7 @@ IDLE = {  # in which company nothing reads a field
     "kl_clamp": dict(kl_coef=0.0),
     "kl_target": dict(kl_coef=0.0),
     "kl_horizon": {},
+    "exact_kl": dict(kl_estimator="exact"),
     "importance_cap": {},
 }
 

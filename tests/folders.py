@@ -217,7 +217,7 @@ class World(NamedTuple):
             "num_iterations": 4, "checkpoint_every": 2, "samples_every": 2, "num_samples": 2, "eval_prompts": 8,
             "mesh.data": 1, "kl_limit": 0.0, "long_prompts": "drop", "ppo.batch_size": 8, "ppo.prompt_length": 8,
             "ppo.response_length": 6, "ppo.num_epochs": 2, "ppo.num_minibatches": 2, "ppo.lr": 0.01,
-            "ppo.kl_coef": 0.01,
+            "ppo.kl_coef": 0.01, "ppo.score_scale": "none",
         }  # fmt: skip
         config = ROOT / "experiments" / "configs" / "ppo_sentiment.py"
         return [f"--config={config}", *(f"--config.{name}={value}" for name, value in fields.items()), *changes]

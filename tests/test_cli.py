@@ -83,14 +83,14 @@ def config_file(tmp_path):
 def test_settings_and_workdir_arrive(call, tmp_path):
     outcome, given = call(
         f"--config={SENTIMENT}", f"--workdir={tmp_path / 'run'}", "--config.seed=7", "--config.ppo.lr=3e-5",
-        "--config.model=some/folder", "--config.ppo.whiten_shift=False", "--config.ppo.value_clip_eps=inf",
+        "--config.model=some/folder", "--config.ppo.whiten_shift=False", "--config.ppo.score_clip=inf",
     )  # fmt: skip
     assert outcome.status == 0
     ((settings, workdir),) = given
     assert workdir == tmp_path / "run"
     assert (settings.seed, settings.ppo.lr, settings.model) == (7, 3e-5, "some/folder")
     assert settings.ppo.whiten_shift is False
-    assert settings.ppo.value_clip_eps == float("inf")
+    assert settings.ppo.score_clip == float("inf")
     assert settings.reward == "vader"  # what the file says and no flag changes
     assert not os.listdir(tmp_path)
 

@@ -162,7 +162,8 @@ from experiments.settings import CompareExperiment, defaults
 def get_config():
     return defaults(CompareExperiment)
 """
-VARIANTS = "slow: ppo.lr=1e-3; rloo: ppo.advantage=rloo ppo.responses_per_prompt=2"
+VARIANTS = "slow: ppo.lr=1e-3; rloo: ppo.advantage=rloo ppo.responses_per_prompt=2"  # in JAX: one program
+ON_THE_HOST = "remax: ppo.advantage=remax ppo.responses_per_prompt=2"  # in three
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,14 @@ def finished(world, others, tmp_path_factory):
     silent = SimpleNamespace(readouterr=lambda: ("", ""))
     assert call_script(compare, CompareExperiment, flags(world, workdir, others), silent).status == 0
     return workdir
+
+
+def test_programs_that_are_compiled_ahead_are_those_that_run(world, tmp_path, capsys):
+    """With a judge on the host, and a method that asks it for the likeliest response as well."""
+    reward = f"--config.base.reward={world.rewards}:count_good"
+    given = flags(world, tmp_path / "runs", reward, f"--config.variants={ON_THE_HOST}", "--config.num_seeds=1")
+    assert call_script(compare, CompareExperiment, given, capsys).status == 0
+    assert [row["iteration"] for row in metrics_of(tmp_path / "runs")["remax/seed_0"]] == [0, 1]
 
 
 def metrics_of(workdir):

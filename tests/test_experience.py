@@ -263,7 +263,7 @@ def test_methods_without_a_critic_equal_the_oracle(name, rng):
     raw = critic_free(name, rewards, mask, greedy, 0.7, gamma.get("gamma", 1.0))
     every = oracles.kept(raw, mask)
     close(metrics["advantage/std"], math.sqrt(oracles.variance(every)), 50)
-    if name.startswith("reinforce"):
+    if name.startswith("reinforce_pp"):
         raw = np.where(mask, (raw - oracles.mean(every)) / math.sqrt(oracles.variance(every)), 0)
     close(experience.advantages, raw, 5 * max(1, np.abs(raw).max()))
     assert not {"value/mean", "value/explained_var"} & metrics.keys()

@@ -63,7 +63,7 @@ def test_a_named_method_has_its_functions_with_their_settings(advantage):
     assert method.advantages.func is METHODS["advantage"][advantage]
     assert method.critic == (advantage == "gae")
     assert method.greedy == (advantage == "remax")
-    assert method.whitening == ("batch" if "reinforce" in advantage or advantage == "gae" else "none")
+    assert method.whitening == ("batch" if "reinforce_pp" in advantage or advantage == "gae" else "none")
     assert method.config == named(advantage)
 
 
@@ -106,7 +106,8 @@ IDLE = [
                            ("huber_delta", 2.0), ("critic_warmup_iterations", 1))),
     *((f"advantage={name}", named(name), "baseline_decay", 0.5) for name in METHODS["advantage"]
       if name != "reinforce"),
-    *(("where advantages are not whitened", named(name), "whiten_shift", False) for name in ("rloo", "grpo", "remax")),
+    *(("where advantages are not whitened", named(name), "whiten_shift", False)
+      for name in ("rloo", "grpo", "remax", "reinforce")),
     ("where advantages are not whitened", PPOConfig(whiten_advantages="none"), "whiten_shift", False),
     ("policy_loss=none", PPOConfig(policy_loss="none"), "clip_eps", 0.1),
     ("policy_loss=none", PPOConfig(policy_loss="none"), "clip_eps_high", 0.1),
@@ -121,6 +122,7 @@ IDLE = [
     *(("with kl_coef=0", PPOConfig(kl_coef=0.0), field, value) for field, value in (
         ("kl_estimator", "k3"), ("kl_in", "loss"), ("kl_clamp", 5.0), ("kl_target", 6.0))),
     ("with vf_coef=0", PPOConfig(vf_coef=0.0), "critic_lr", 1e-4),
+    ("with kl_in=reward and kl_estimator=exact", PPOConfig(kl_estimator="exact"), "exact_kl", True),
     ("without kl_target", PPOConfig(), "kl_horizon", 10.0),
     ("without importance", PPOConfig(), "importance_cap", 3.0),
 ]  # fmt: skip
@@ -146,7 +148,9 @@ READ = [
     PPOConfig(value_loss="huber", huber_delta=2.0, critic_warmup_iterations=2, responses_per_prompt=4),
     PPOConfig(overlong_buffer=4, overlong_penalty=2.0, score_scale="running", score_shift=False),
     PPOConfig(kl_target=6.0, kl_horizon=10.0, importance="mask", importance_cap=3.0, stale_iterations=1),
-    named("reinforce", gamma=0.9, baseline_decay=0.5, whiten_shift=False),
+    named("reinforce", gamma=0.9, baseline_decay=0.5, whiten_advantages="batch", whiten_shift=False),
+    PPOConfig(vf_coef=0.0, weight_decay=0.1, critic_lr=1e-4),
+    PPOConfig(kl_in="loss", kl_estimator="exact", exact_kl=True),
     named("grpo", whiten_advantages="batch", whiten_shift=False),
     named("reinforce_pp", gamma=0.9),
     named("remax", gamma=0.9),

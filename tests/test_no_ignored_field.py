@@ -678,6 +678,7 @@ def test_every_field_that_may_be_idle_is_above():
         "overlong_buffer": (0, 1),
         "score_scale": ("none", "batch"),
         "kl_coef": (0.0, 0.1),
+        "kl_estimator": ("k1", "exact"),
         "vf_coef": (0.0, 0.1),
         "kl_target": (0.0, 6.0),
         "importance": ("none", "mask"),

@@ -39,7 +39,7 @@ def kind(prompts, completions, number, **columns):
 def noted(prompts, completions, **columns):
     scores = [len(text) / 10 + len(prompt) / 50 for prompt, text in zip(prompts, completions)]
     with NOTES.open("a") as file:
-        file.write(json.dumps({"prompts": prompts, "scores": scores}) + "\\n")
+        file.write(json.dumps({"prompts": prompts, "completions": completions, "scores": scores}) + "\\n")
     return scores
 
 
@@ -238,17 +238,24 @@ def test_judges_are_weighted_gold_looks_on_and_a_token_ends_a_response(world, ru
 
 
 def test_scores_in_units_of_the_reference_and_a_policy_that_acts_ahead(world, run):
-    """The moments are those of the reference's responses, before the first iteration, and stay; and each iteration
-    learns from what the policy before the last update said.
+    """The moments are those of the reference's responses, before the first iteration, and stay; a response without the
+    truncation token has the score for that among them; and each iteration learns from what the policy before the last
+    update said.
     """
     (world.root / "notes.jsonl").unlink(missing_ok=True)
     done = run(
-        "--config.ppo.score_scale=reference", "--config.ppo.score_shift=True", "--config.reference_samples=12",
+        "--config.ppo.score_scale=reference", "--config.reference_samples=12", "--config.truncate_token=.",
         "--config.ppo.stale_iterations=1", "--config.ppo.kl_coef=0", judge="FILE:noted", iterations=3,
     )  # fmt: skip
     calls = read_jsonl(world.root / "notes.jsonl")
     assert len(calls) == 2 + 3 + 2  # 12 samples are two batches; three iterations; eight prompts before and after
-    reference = np.concatenate([call["scores"] for call in calls[:2]])
+
+    def shaped(call):
+        return np.where(["." in text for text in call["completions"]], call["scores"], -1.0)
+
+    reference = np.concatenate([shaped(call) for call in calls[:2]])
+    assert -1 in reference
+    assert max(reference) > -1
     running = done.state.running
     assert running.score_count == 16
     np.testing.assert_allclose(running.score_mean, reference.mean(), rtol=1e-5)
@@ -261,7 +268,7 @@ def test_scores_in_units_of_the_reference_and_a_policy_that_acts_ahead(world, ru
         tokens, mask = np.asarray(turn.experience.tokens[:, :8]), np.asarray(turn.experience.mask[:, :8])
         read = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
         assert read == expected
-        rewards = (np.array(call["scores"]) - reference.mean()) / reference.std()
+        rewards = (shaped(call) - reference.mean()) / reference.std()
         assert row["objective/reward"] == pytest.approx(rewards.mean(), abs=1e-3)
     # Iterations 0 and 1 learn from responses of the untrained policy, of which 1 is no longer the one that learns.
     kl, dev = ([row[name] for row in done.rows] for name in ("objective/kl", "policy/first_ratio_dev"))

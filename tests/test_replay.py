@@ -174,3 +174,11 @@ def test_too_many_in_a_row_end_the_run(world, tmp_path, capsys, monkeypatch):
         assert os.listdir(run / "checkpoints") == ["1"]
         assert sorted(os.listdir(run / "broken")) == ["000000", "000001"]
         assert not (run / "policy").exists()
+
+
+def test_scores_of_the_reference_that_are_not_finite_end_the_run_before_it_begins(world, tmp_path, capsys):
+    """They would be the unit of every later score."""
+    given = world.flags("--config.ppo.score_scale=reference", f"--workdir={tmp_path / 'run'}", reward="score_nan")
+    error = folders.call_script(train_ppo, PPOExperiment, given, capsys).error()
+    assert "config.reward: squared deviations: got nan, expected finite scores of the reference's own" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -18,7 +18,7 @@ episodes. Score at the end (mean of the last three iterations) and iterations to
 Scores divided by the deviation of the reference's own responses move the optimum: at kl_coef 0.05 the best policy has
 9.6 without (each token is in the set with p = 0.956, where 10 / 48 = 0.05 log(3 p / (1 - p))), and 9.96 with. Divided
 by the deviation of all scores so far, which grows as they rise, it falls to about 8. The reference's deviation takes
-one batch of 64 responses more than the others have.
+two batches of 64 responses more than the others have.
 """
 
 from pathlib import Path

@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.ppo.batch_size = 64
     config.ppo.ppo.prompt_length = 32
     config.ppo.ppo.response_length = 48
-    config.ppo.ppo.score_scale = "none"  # on the fine-tuned model's samples the reward model's scores have deviation 1
+    config.ppo.ppo.score_scale = "none"  # the reward model's scores have deviation 1 on the model's own samples
     config.ppo.ppo.num_minibatches = 4
     config.ppo.ppo.lr = 2e-5
     config.ppo.ppo.kl_coef = 0.06

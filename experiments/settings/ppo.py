@@ -64,7 +64,9 @@ class PPOExperiment(TrainingSettings):
         "(the head saved beside it); empty: a new value head",
     )
     truncate_token: str = option("", "a token that ends a response as EOS does, from token ppo.truncate_after on")
-    reference_samples: int = option(128, "with ppo.score_scale=reference: responses of the reference that are judged")
+    reference_samples: int = option(
+        128, "with ppo.score_scale=reference: at least so many responses of it are judged, in whole batches"
+    )  # fmt: skip
     ptx_data: str = option("", "texts for ppo.ptx_coef, as `data` of train_sft.py")
     ptx_split: str = option("train", "split of a Hugging Face dataset in ptx_data")
     ptx_length: int = option(128, "slots of a text, in tokens; one that is longer is cut")

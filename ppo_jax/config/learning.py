@@ -29,8 +29,8 @@ class LossOptions:
     ent_coef: float = option(0.0, "weight of the entropy bonus")
     ptx_coef: float = option(0.0, "weight of the next-token loss on texts of their own (ptx_data)")
     value_loss: str = option("squared", "the critic's error; experiments/methods.py names them all")
-    value_clip_eps: float = option(0.2, "largest rewarded move of a value from its old one")
-    huber_delta: float = option(1.0, "where Huber's error turns from square to straight")
+    value_clip_eps: float = option(0.2, "with value_loss=clip: largest rewarded move of a value from its old one")
+    huber_delta: float = option(1.0, "with value_loss=huber: where the error turns from square to straight")
     vf_coef: float = option(0.1, "weight of the value loss")
 
     def _check_losses(self) -> None:

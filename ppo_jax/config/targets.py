@@ -14,7 +14,7 @@ WHITENINGS = ("auto", "none", "batch", "minibatch")
 
 @dataclasses.dataclass(frozen=True)
 class RewardOptions:
-    """From the judges' scores to the reward of a response, in this order."""
+    """From the judges' scores to the reward of a response, in this order; from score_clip on in score_scale's units."""
 
     missing_token_score: float = option(
         -1.0, "with truncate_token: the score of a response without it, whatever the judge says of the whole"
@@ -54,7 +54,7 @@ class KLOptions:
     kl_target: float = option(0.0, "nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed")
     kl_horizon: float = option(10_000.0, "with kl_target: sequences over which the adaptive kl_coef answers")
     target_kl: float = option(
-        0.0, "nats a token between the policies that act and learn; a minibatch beyond ends the epochs; 0: never"
+        0.0, "nats a token from the old policy to the one that learns; a minibatch beyond ends the epochs; 0: never"
     )
     exact_kl: bool = option(False, "logs the KL over the whole vocabulary as well: one more pass of the policy")
 
@@ -84,8 +84,8 @@ class AdvantageOptions:
     baseline_decay: float = option(0.9, "of the running mean of rewards that REINFORCE subtracts")
     whiten_advantages: str = option(
         "auto",
-        "advantages to mean 0 and variance 1 over: none, batch, minibatch; auto: batch for gae, reinforce and both "
-        "of reinforce_pp, which were published with it, none for the others",
+        "advantages to mean 0 and variance 1 over: none, batch, minibatch; auto: batch for gae and both of "
+        "reinforce_pp, which were published with it, none for the others",
     )
     whiten_shift: bool = option(True, "that whitening subtracts the mean")
 
