@@ -21,13 +21,12 @@ from experiments.settings import CompareExperiment, defaults
 
 ROAD = "runs/quickstart"  # from the root of the repository
 GROUPS = "ppo.responses_per_prompt=4"
-CRITIC = "ppo.gae_lambda=0.95 ppo.value_loss=clip"  # as in quickstart.py
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The settings: those of the quickstart's PPO."""
     config = defaults(CompareExperiment)
-    config.variants = f"ppo: {CRITIC}; rloo: ppo.advantage=rloo {GROUPS}; grpo: ppo.advantage=grpo {GROUPS}"
+    config.variants = f"ppo; rloo: ppo.advantage=rloo {GROUPS}; grpo: ppo.advantage=grpo {GROUPS}"
     config.base.model = f"{ROAD}/sft/model"
     config.base.prompts = f"{ROAD}/prompts/train.jsonl"
     config.base.heldout_prompts = f"{ROAD}/prompts/evaluation.jsonl"

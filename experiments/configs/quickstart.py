@@ -62,6 +62,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.ppo.score_scale = "none"  # on the fine-tuned model's samples the reward model's scores have deviation 1
     config.ppo.ppo.num_minibatches = 4
     config.ppo.ppo.lr = 1e-4
-    config.ppo.ppo.gae_lambda = 0.95
-    config.ppo.ppo.value_loss = "clip"
     return config
