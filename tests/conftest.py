@@ -13,6 +13,8 @@ from pathlib import Path
 # In the environment, before anything imports jax or huggingface_hub, and for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# LLVM's, not XLA's: most of a test's time is compilation. In all processes, whose bits are compared.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -22,7 +24,6 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-jax.config.update("jax_disable_most_optimizations", True)  # of LLVM, not of XLA: most of a test's time is compilation
 
 SEED_VARIABLE = "PPO_JAX_TEST_SEED"
 TORCH_IS_MISSING = importlib.util.find_spec("torch") is None
