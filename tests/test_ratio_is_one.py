@@ -244,9 +244,9 @@ def stories(shared):
     return shared / "models" / "stories15M", shared / "data" / "story_openings" / "prompts.jsonl"
 
 
-# In bfloat16 one token at a time and whole rows round differently before each matrix product, by up to 0.4 %, and the
-# logits of these weights are around 15: in 22 runs the largest ratio to the acting policy of about 60 tokens was off by
-# 0.01 to 0.11. Hence the learner's own pass gives the old logprobs there.
+# In bfloat16 a sum that was made in another order rounds another way once in a while, by up to 0.4 %, and the logits of
+# these weights are around 15. Of 60 to 190 tokens, the largest ratio to the acting policy was off by 0 to 0.08 in 20
+# runs; to the learner's own pass, which is the old policy there, by 0 to 0.035.
 @pytest.mark.parametrize(("dtype", "trained"), [("float32", "lora"), ("bfloat16", "all"), ("bfloat16", "lora")])
 def test_the_ratio_is_one_on_real_weights(dtype, trained, stories, rng, key):
     folder, prompts = stories
@@ -274,7 +274,7 @@ def test_the_ratio_is_one_on_real_weights(dtype, trained, stories, rng, key):
     assert_responses_differ(experience, 4, eos_ids)
     assert metrics["policy/first_ratio_dev"] <= LARGEST[dtype]
     if dtype == "bfloat16":  # what acting thought is another matter, and is told
-        assert 1 < metrics["stale/ratio_max"] < 1.3
+        assert 1 <= metrics["stale/ratio_max"] < 1.3
     values = learned_values(program, experience)
     scale = np.ptp(values[experience.response_mask])
     np.testing.assert_allclose(

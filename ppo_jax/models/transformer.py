@@ -1,5 +1,9 @@
 """The decoder: GPT-2 or Llama by `ModelConfig`, with a key/value cache that is an explicit argument and result.
 
+What a matrix product reads, and what the cache keeps, is in the compute dtype (`ModelConfig.dtype`); in between, and
+along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of one program
+are from those of another, which rounds at other places.
+
 Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Su et al. 2021 (rotary positions), Ainslie et al.
 2023 (grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm).
 """
@@ -102,7 +106,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    heads = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=jnp.float32)
+    return heads.astype(query.dtype).reshape(query.shape)
 
 
 class Norm(nn.Module):
@@ -139,27 +144,28 @@ class Projection(nn.Module):
     features: int
     use_bias: bool
     init_std: float | None = None  # None: the configuration's
+    out_dtype: str | None = None  # None: the compute dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` to `[..., features]` in the compute dtype."""
+        """`[..., in]` to `[..., features]`."""
         dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
         init = nn.initializers.normal(self.init_std or self.config.init_std)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), param_dtype)
         x = x.astype(dtype)
-        y = jnp.dot(x, kernel.astype(dtype))
+        y = jnp.dot(x, kernel.astype(dtype), preferred_element_type=jnp.float32)
         if self.has_variable("params", "lora_a"):
-            y = self._adapted(x, y, kernel).astype(dtype)
+            y = self._adapted(x, y, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-            y = y + jnp.broadcast_to(bias.astype(dtype), y.shape)
-        return y
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+        return y.astype(self.out_dtype or dtype)
 
     def _adapted(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
         scale = self.config.lora_scale
         a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
         product = partial(jnp.dot, preferred_element_type=jnp.float32)
-        y = y.astype(jnp.float32) + scale * product(product(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
+        y = y + scale * product(product(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
         if self.has_variable("params", "lora_magnitude"):
             norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
             y = y * jnp.broadcast_to(self.get_variable("params", "lora_magnitude") / norms, y.shape)
@@ -181,10 +187,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Makes the four projections."""
         config = self.config
-        self.query = Projection(config, config.num_heads * config.head_dim, config.attention_bias)
-        self.key = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
+        self.query = Projection(config, config.num_heads * config.head_dim, config.attention_bias, out_dtype="float32")
+        self.key = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias, out_dtype="float32")
         self.value = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
-        self.output = Projection(config, config.width, config.attention_bias, _residual_std(config))
+        self.output = Projection(config, config.width, config.attention_bias, _residual_std(config), "float32")
 
     def __call__(
         self,
@@ -203,6 +209,7 @@ class Attention(nn.Module):
         if config.positions == "rotary":
             query = rotate(query, positions, config.rope_theta)
             key = rotate(key, positions, config.rope_theta)
+        query, key = query.astype(config.dtype), key.astype(config.dtype)
         if cache is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, slot, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, slot, axis=1)
@@ -222,14 +229,14 @@ class MLP(nn.Module):
         if config.gated_mlp:
             self.gate = Projection(config, config.mlp_width, config.mlp_bias)
         self.up = Projection(config, config.mlp_width, config.mlp_bias)
-        self.down = Projection(config, config.width, config.mlp_bias, _residual_std(config))
+        self.down = Projection(config, config.width, config.mlp_bias, _residual_std(config), "float32")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` to `[..., D]`."""
+        """`[..., D]` to `[..., D]` float32."""
         activation = _ACTIVATIONS[self.config.activation]
         if self.config.gated_mlp:
-            return self.down(activation(self.gate(x)) * self.up(x))
-        return self.down(activation(self.up(x)))
+            return self.down(activation(self.gate(x).astype(jnp.float32)) * self.up(x).astype(jnp.float32))
+        return self.down(activation(self.up(x).astype(jnp.float32)))
 
 
 class Block(nn.Module):
@@ -320,9 +327,9 @@ class Decoder(nn.Module):
                 f"sequence length: got {mask.shape[-1]} tokens (prompt and response), "
                 f"expected at most the model's {self.config.max_positions} positions"
             )
-        x = self.embed(tokens)
+        x = self.embed(tokens).astype(jnp.float32)
         if self.config.positions == "learned":
-            x = x + self.positions(positions)
+            x = x + self.positions(positions).astype(jnp.float32)
         extended: list[LayerCache] = []
         for i, layer in enumerate(self.layer):
             x, layer_cache = layer(x, positions, mask, None if cache is None else cache[i], slot)
