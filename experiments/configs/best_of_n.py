@@ -9,6 +9,12 @@ supervised fine-tuning.
 
 A reward model chooses with --config.reward=model:FOLDER, and a second judge says what its choice is worth with
 --config.gold=... For a GPU; with GPT-2 not yet run there.
+
+On what `make quickstart` leaves, with `--config.reward=model:runs/quickstart/reward_model/model`,
+`--config.gold=experiments.annotator:gold`, `--config.model=runs/quickstart/sft/model`,
+`--config.prompts=runs/quickstart/prompts/evaluation.jsonl`, `--config.prompt_length=24` and
+`--config.response_length=40` (a minute on one CPU core), the best of 1, 2, 4, 8 and 16 has a gold score of -0.10, 0.71,
+1.38, 1.88 and 2.18.
 """
 
 import ml_collections
