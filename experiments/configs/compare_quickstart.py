@@ -8,9 +8,11 @@ prompts' reviews, mean of the last three iterations; gold: the annotator's of 25
 
 | | proxy | gold | KL, nats | trained parameters |
 |---|---|---|---|---|
-| ppo | 2.17 ± 0.05 | 2.29 ± 0.06 | 11.1 ± 1.4 | 856,065 |
-| rloo | 2.33 ± 0.03 | 2.71 ± 0.00 | 9.7 ± 0.4 | 855,936 |
-| grpo | 2.40 ± 0.00 | 2.75 ± 0.00 | 10.5 ± 0.2 | 855,936 |
+| ppo | 1.93 ± 0.01 | 2.32 ± 0.04 | 8.8 ± 0.5 | 856,065 |
+| rloo | 1.85 ± 0.05 | 2.49 ± 0.01 | 6.9 ± 0.5 | 855,936 |
+| grpo | 1.85 ± 0.02 | 2.33 ± 0.05 | 6.4 ± 0.3 | 855,936 |
+
+Before training these are 0.06 and -0.06. A quickstart of another machine gives another reward model, and other figures.
 
 --config.metric=objective/gold compares the annotator's score during training, without running anything again.
 """
