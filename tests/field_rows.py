@@ -238,6 +238,8 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "activation": row("gelu", "gelu_tanh", "relu"),
         "gated_mlp": row(False, by="shapes"),
         "attention_bias": row(True, by="shapes"),
+        "attention_output_bias": row(False, by="shapes", attention_bias=True),
+        "qk_norm": row(True, by="shapes"),
         "mlp_bias": row(True, by="shapes"),
         "tie_embeddings": row(False, by="shapes"),
         "init_std": row(0.1),

@@ -49,6 +49,9 @@ CONFIGS = {
     "llama_untied": ModelConfig(
         **SIZES, attention_bias=True, mlp_bias=True, tie_embeddings=False, activation="gelu", init_std=0.3
     ),
+    "qwen2": ModelConfig(**SIZES, num_kv_heads=2, attention_bias=True, attention_output_bias=False),
+    "qwen3": ModelConfig(**SIZES, num_kv_heads=2, head_dim=6, qk_norm=True),
+    "qwen3_untied": ModelConfig(**SIZES, attention_bias=True, qk_norm=True, tie_embeddings=False),
 }
 
 
@@ -657,7 +660,7 @@ def test_what_save_refuses(folder, family, rng, tmp_path):
     integers = jax.tree.map(lambda leaf: leaf.astype(np.int32), params)
     refused("has dtype int32, expected one of float32, float16, bfloat16", hub.save, out, integers, config)
     mixed = dataclasses.replace(config, norm="layernorm" if family == "llama" else "rmsnorm")
-    refused("no family of gpt2, llama has files for", hub.save, out, random_params(rng, mixed), mixed)
+    refused("no family of gpt2, llama, qwen2, qwen3 has files for", hub.save, out, random_params(rng, mixed), mixed)
     assert not list(tmp_path.glob("*out*"))
     assert not list(tmp_path.glob(".*"))
 

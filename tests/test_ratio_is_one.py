@@ -37,6 +37,10 @@ UNTIED = {"tie_embeddings": False}
 BF16 = {"dtype": "bfloat16"}
 BF16_PARAMS = BF16 | {"param_dtype": "bfloat16"}
 FAMILIES = {"gpt2": GPT2, "llama": dataclasses.replace(LLAMA, num_heads=2)}
+# What Qwen 2 and Qwen 3 have and Llama has not, at once.
+FAMILIES["qwen"] = dataclasses.replace(
+    FAMILIES["llama"], attention_bias=True, attention_output_bias=False, qk_norm=True
+)
 
 
 class Case(NamedTuple):
@@ -58,6 +62,8 @@ CASES = [
     Case("llama", WHOLE | UNTIED, "dora", "separate"),
     Case("llama", GROUPED, "all", "separate"),
     Case("llama", GROUPED | UNTIED, "hydra", "none"),
+    Case("qwen", WHOLE | UNTIED, "all", "shared"),
+    Case("qwen", GROUPED, "lora", "separate"),
     Case("gpt2", BF16, "dora", "shared"),
     Case("gpt2", UNTIED | BF16, "all", "none"),
     Case("gpt2", BF16_PARAMS, "hydra", "separate"),
@@ -65,6 +71,8 @@ CASES = [
     Case("llama", GROUPED | UNTIED | BF16, "hydra", "separate"),
     Case("llama", WHOLE | BF16_PARAMS, "dora", "separate"),
     Case("llama", GROUPED | UNTIED | BF16_PARAMS, "all", "shared"),
+    Case("qwen", GROUPED | UNTIED | BF16, "dora", "none"),
+    Case("qwen", WHOLE | BF16_PARAMS, "hydra", "shared"),
 ]
 
 

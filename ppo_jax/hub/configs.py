@@ -159,7 +159,7 @@ def check_keys(
 
     Args:
         raw: a parsed configuration file.
-        only: keys with the values that we can compute; null is one of them.
+        only: keys with the values that we can compute, each on its own or in a list (of layers); null is one of them.
         known: keys that may say anything here.
         where: path of the file, for messages.
 
@@ -168,7 +168,7 @@ def check_keys(
     """
     for name, allowed in only.items():
         value = raw.get(name)
-        if value is not None and value not in allowed:
+        if any(part not in allowed for part in (value if isinstance(value, list) else [value]) if part is not None):
             raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {allowed[0]} is supported")
     unknown = [name for name, value in raw.items() if value and name not in known | only.keys()]
     if unknown:

@@ -134,6 +134,8 @@ GPT2 = Family(
         "norm": "layernorm",
         "gated_mlp": False,
         "attention_bias": True,
+        "attention_output_bias": True,
+        "qk_norm": False,
         "mlp_bias": True,
     },
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
@@ -180,12 +182,40 @@ LLAMA = Family(
         "tie_embeddings": Key("tie_word_embeddings", bool, False),
         "init_std": Key("initializer_range", float, 0.02),
     },
-    implied={"positions": "rotary", "norm": "rmsnorm", "gated_mlp": True},
+    implied={"positions": "rotary", "norm": "rmsnorm", "gated_mlp": True}
+    | {"attention_output_bias": True, "qk_norm": False},
     only={"pretraining_tp": (1,), "rope_interleaved": (False,), "partial_rotary_factor": (1,)},
     irrelevant=words("attention_dropout is_llama_config"),
 )
 
-FAMILIES: Mapping[str, Family] = {"gpt2": GPT2, "llama": LLAMA}
+_QWEN_ONLY = {"use_sliding_window": (False,), "layer_types": ("full_attention",), "partial_rotary_factor": (1,)}
+_QWEN_IRRELEVANT = words("attention_dropout sliding_window max_window_layers")  # without use_sliding_window
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "Qwen2ForCausalLM", RewardModel: "Qwen2ForSequenceClassification"},
+    keys={field: key for field, key in LLAMA.keys.items() if field not in ("attention_bias", "mlp_bias")},
+    implied=LLAMA.implied | {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
+    only=_QWEN_ONLY,
+    irrelevant=_QWEN_IRRELEVANT,
+)
+
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceClassification"},
+    rows=(
+        *LLAMA.rows,
+        *_norm("model.layers.{i}.self_attn.q_norm", "layer_{i}/attention/query_norm"),
+        *_norm("model.layers.{i}.self_attn.k_norm", "layer_{i}/attention/key_norm"),
+    ),
+    keys={field: key for field, key in LLAMA.keys.items() if field != "mlp_bias"}
+    | {"head_dim": Key("head_dim", default=128)},
+    implied=LLAMA.implied | {"qk_norm": True, "mlp_bias": False},
+    only=_QWEN_ONLY,
+    irrelevant=_QWEN_IRRELEVANT,
+)
+
+FAMILIES: Mapping[str, Family] = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 """`model_type` of `config.json` -> family."""
 
 

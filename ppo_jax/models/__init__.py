@@ -1,4 +1,4 @@
-"""The networks: one decoder that is GPT-2 or Llama by configuration, and heads on its trunk: a value, a score.
+"""The networks: one decoder that is GPT-2, Llama or Qwen by configuration, and heads on its trunk: a value, a score.
 
 What is trained may be less than the whole: an adapter, or the upper layers, laid over a frozen base (`overlay`).
 """

@@ -39,7 +39,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: str = "silu"
     gated_mlp: bool = True  # down(act(gate x) * up x) instead of down(act(up x))
-    attention_bias: bool = False  # on query, key, value and output
+    attention_bias: bool = False  # on query, key and value
+    attention_output_bias: bool = True  # on output too, where attention_bias is
+    qk_norm: bool = False  # queries and keys are normalised, each head by itself, before they are rotated
     mlp_bias: bool = False
     tie_embeddings: bool = True  # the vocabulary projection is the embedding, transposed
     init_std: float = 0.02  # of kernels and embeddings at initialisation
@@ -59,6 +61,8 @@ class ModelConfig:
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
         for name, allowed in _CHOICES.items():
             check(name, getattr(self, name), getattr(self, name) in allowed, "one of " + ", ".join(allowed))
+        on_output, without = self.attention_output_bias, "True with attention_bias=False, which has none anywhere"
+        check("attention_output_bias", on_output, on_output or self.attention_bias, without)
         kv_heads, head_dim = self.num_kv_heads, self.head_dim
         check("num_kv_heads", kv_heads, self.num_heads % kv_heads == 0, f"a divisor of num_heads ({self.num_heads})")
         check(

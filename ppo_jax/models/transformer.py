@@ -1,11 +1,12 @@
-"""The decoder: GPT-2 or Llama by `ModelConfig`, with a key/value cache that is an explicit argument and result.
+"""The decoder: GPT-2, Llama or Qwen by `ModelConfig`, with a key/value cache that is an explicit argument and result.
 
 What a matrix product reads, and what the cache keeps, is in the compute dtype (`ModelConfig.dtype`); in between, and
 along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of one program
 are from those of another, which rounds at other places.
 
 Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Su et al. 2021 (rotary positions), Ainslie et al.
-2023 (grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm).
+2023 (grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm), Henry et al. 2020 (normalised
+queries and keys).
 """
 
 from collections.abc import Callable
@@ -119,7 +120,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `[..., D]`."""
         config = self.config
-        scale = self.param("scale", nn.initializers.ones, (config.width,), jnp.dtype(config.param_dtype))
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.dtype(config.param_dtype))
         y = x.astype(jnp.float32)
         if config.norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -127,7 +128,7 @@ class Norm(nn.Module):
         # Broadcasts are spelled out: tests forbid that ranks are promoted silently.
         y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
         if config.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (config.width,), jnp.dtype(config.param_dtype))
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.dtype(config.param_dtype))
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
         return y.astype(config.dtype)
 
@@ -185,12 +186,15 @@ class Attention(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        """Makes the four projections."""
+        """Makes the four projections, and the norms of queries and keys."""
         config = self.config
         self.query = Projection(config, config.num_heads * config.head_dim, config.attention_bias, out_dtype="float32")
         self.key = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias, out_dtype="float32")
         self.value = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
-        self.output = Projection(config, config.width, config.attention_bias, _residual_std(config), "float32")
+        output_bias = config.attention_bias and config.attention_output_bias
+        self.output = Projection(config, config.width, output_bias, _residual_std(config), "float32")
+        if config.qk_norm:
+            self.query_norm, self.key_norm = Norm(config), Norm(config)
 
     def __call__(
         self,
@@ -206,6 +210,8 @@ class Attention(nn.Module):
         query = self.query(x).reshape(batch, length, config.num_heads, config.head_dim)
         key = self.key(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
         value = self.value(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if config.positions == "rotary":
             query = rotate(query, positions, config.rope_theta)
             key = rotate(key, positions, config.rope_theta)

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity.torch_side import left_padded, max_relative_error, randomize, torch, torch_greedy, torch_logits
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from ppo_jax import hub
 from ppo_jax.models import ActorCritic, Decoder
@@ -29,10 +39,20 @@ def gpt2(**changes):
     return GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": 2, **changes}))
 
 
+SIZES = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 40, "tie_word_embeddings": True}
+
+
 def llama(**changes):
-    sizes = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 40, "tie_word_embeddings": True}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
+
+
+def qwen2(**changes):
+    return Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "num_key_value_heads": 2, **changes}))
+
+
+def qwen3(**changes):
+    return Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "num_key_value_heads": 2, "head_dim": 6, **changes}))
 
 
 MODELS = {
@@ -52,6 +72,14 @@ MODELS = {
     "llama_theta_gelu": partial(
         llama, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, hidden_act="gelu_new", num_hidden_layers=3
     ),
+    "qwen2": qwen2,
+    "qwen2_untied_theta": partial(
+        qwen2, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+    ),
+    "qwen2_window_off": partial(qwen2, sliding_window=4, max_window_layers=1, num_key_value_heads=4),
+    "qwen3": qwen3,
+    "qwen3_wide_untied": partial(qwen3, head_dim=10, tie_word_embeddings=False, rms_norm_eps=0.1),
+    "qwen3_biases": partial(qwen3, attention_bias=True, num_key_value_heads=1, num_hidden_layers=3),
     "llama_nine_heads": partial(llama, hidden_size=36, num_attention_heads=9, num_key_value_heads=3),
 }
 
@@ -119,7 +147,7 @@ def test_a_full_context(scale, seed, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [gpt2, llama, qwen2, qwen3])
 def test_half_precision_files_mean_what_torch_reads(make, dtype, seed, tmp_path):
     randomize(make(), seed).to(getattr(torch, dtype)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -127,7 +155,7 @@ def test_half_precision_files_mean_what_torch_reads(make, dtype, seed, tmp_path)
     assert max_relative_error(our_logits(tmp_path, tokens, mask), torch_logits(model, tokens, mask), mask) < PROMISE
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [gpt2, llama, qwen2, qwen3])
 def test_bfloat16_is_as_near_to_float32_as_torchs(make, seed, tmp_path):
     """Parameters and products in bfloat16. Over 50 draws the median was 1.0 times torch's distance, the most 1.8."""
     model = randomize(make(), seed)

@@ -18,6 +18,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
     pipeline,
 )
 
@@ -35,10 +37,16 @@ def gpt2(**changes):
     return GPT2ForSequenceClassification(GPT2Config(**(sizes | ids | changes)))
 
 
+SIZES = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_labels": 1}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": LONGEST, "pad_token_id": PAD}
+
+
 def llama(**changes):
-    sizes = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_labels": 1}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": LONGEST, "pad_token_id": PAD}
-    return LlamaForSequenceClassification(LlamaConfig(**(sizes | changes)))
+    return LlamaForSequenceClassification(LlamaConfig(**(SIZES | changes)))
+
+
+def qwen2(**changes):
+    return Qwen2ForSequenceClassification(Qwen2Config(**(SIZES | {"num_key_value_heads": 2} | changes)))
 
 
 MODELS = {
@@ -48,6 +56,8 @@ MODELS = {
     "llama_untied": llama,
     "llama_tied_grouped": partial(llama, tie_word_embeddings=True, num_key_value_heads=2),
     "llama_grouped_biases": partial(llama, num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=8),
+    "qwen2_tied": partial(qwen2, tie_word_embeddings=True),
+    "qwen2_untied": qwen2,
     "llama_pad_is_eos": partial(llama, pad_token_id=2, num_key_value_heads=2),
 }
 
