@@ -182,8 +182,13 @@ LLAMA = Family(
         "tie_embeddings": Key("tie_word_embeddings", bool, False),
         "init_std": Key("initializer_range", float, 0.02),
     },
-    implied={"positions": "rotary", "norm": "rmsnorm", "gated_mlp": True}
-    | {"attention_output_bias": True, "qk_norm": False},
+    implied={
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "gated_mlp": True,
+        "attention_output_bias": True,
+        "qk_norm": False,
+    },
     only={"pretraining_tp": (1,), "rope_interleaved": (False,), "partial_rotary_factor": (1,)},
     irrelevant=words("attention_dropout is_llama_config"),
 )
@@ -195,7 +200,7 @@ QWEN2 = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "Qwen2ForCausalLM", RewardModel: "Qwen2ForSequenceClassification"},
     keys={field: key for field, key in LLAMA.keys.items() if field not in ("attention_bias", "mlp_bias")},
-    implied=LLAMA.implied | {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
+    implied={**LLAMA.implied, "attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
     only=_QWEN_ONLY,
     irrelevant=_QWEN_IRRELEVANT,
 )
@@ -210,7 +215,7 @@ QWEN3 = dataclasses.replace(
     ),
     keys={field: key for field, key in LLAMA.keys.items() if field != "mlp_bias"}
     | {"head_dim": Key("head_dim", default=128)},
-    implied=LLAMA.implied | {"qk_norm": True, "mlp_bias": False},
+    implied={**LLAMA.implied, "qk_norm": True, "mlp_bias": False},
     only=_QWEN_ONLY,
     irrelevant=_QWEN_IRRELEVANT,
 )
