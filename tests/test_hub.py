@@ -391,6 +391,7 @@ def test_configuration_that_is_not_text(tmp_path):
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported, only gelu_new, .* relu"),
         ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
         ({"pretraining_tp": 2}, "pretraining_tp: got 2, only 1 is supported"),
+        ({"pretraining_tp": [1]}, r"pretraining_tp: got \[1\], only 1 is supported"),
         ({"rope_interleaved": True}, "rope_interleaved: got True, only False is supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, only 1 is supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear' is not supported"),
@@ -428,6 +429,22 @@ def test_llama_configurations_that_are_refused(llama, changes, message):
 )
 def test_gpt2_configurations_that_are_refused(gpt2, changes, message):
     refused(message, hub.load_config, edit_config(gpt2, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window: got True, only False is supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: got .* only full_attention"),
+        ({"layer_types": ["full_attention", None]}, "layer_types: got .* only full_attention"),
+        ({"mlp_bias": True}, "not understood: 'mlp_bias'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_qwen_configurations_that_are_refused(name, changes, message, rng, tmp_path):
+    folder = hub.save(tmp_path / "model", random_params(rng, CONFIGS[name]), CONFIGS[name])
+    assert hub.load_config(edit_config(folder, layer_types=["full_attention"] * 2)) == CONFIGS[name]
+    refused(message, hub.load_config, edit_config(folder, **changes))
 
 
 # Weights: what is read.

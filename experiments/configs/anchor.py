@@ -2,7 +2,7 @@
 
     python experiments/compare.py --config=experiments/configs/anchor.py --workdir=runs/anchor
 
-Ten minutes on two CPU cores, offline. A GPT-2 of 2 layers and width 128 with random parameters; the score is 10 x the
+25 minutes on one CPU core, offline. A GPT-2 of 2 layers and width 128 with random parameters; the score is 10 x the
 share of a response's 48 tokens from a quarter of the vocabulary (`experiments/anchor.py`). 60 iterations of 64
 episodes. Score at the end (mean of the last three iterations) and iterations to 5, 7 and 9, over three seeds:
 

@@ -3,7 +3,7 @@
     make quickstart
     python experiments/compare.py --config=experiments/configs/compare_quickstart.py --workdir=runs/compare_quickstart
 
-For two CPU cores, ten minutes. Three seeds, mean ± standard error; proxy: the reward model's score of 64 training
+About 20 minutes on one CPU core. Three seeds, mean ± standard error; proxy: the reward model's score of 64 training
 prompts' reviews, mean of the last three iterations; gold: the annotator's of 256 openings that were not trained on:
 
 | | proxy | gold | KL, nats | trained parameters |
@@ -12,7 +12,8 @@ prompts' reviews, mean of the last three iterations; gold: the annotator's of 25
 | rloo | 1.85 ± 0.05 | 2.49 ± 0.01 | 6.9 ± 0.5 | 855,936 |
 | grpo | 1.85 ± 0.02 | 2.33 ± 0.05 | 6.4 ± 0.3 | 855,936 |
 
-Before training these are 0.06 and -0.06. A quickstart of another machine gives another reward model, and other figures.
+Before training these are 0.06 and -0.06 (critic-free, of fewer prompts: -0.01 and -0.08). A quickstart of another
+machine gives another reward model, and other figures.
 
 --config.metric=objective/gold compares the annotator's score during training, without running anything again.
 """

@@ -24,6 +24,9 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys of every family, with the values that we can compute."""
 
+PER_LAYER = ("layer_types",)
+"""Keys that are lists with an item for each layer."""
+
 IRRELEVANT = words(
     # what the file is, and for whom
     "model_type architectures transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash "
@@ -159,7 +162,7 @@ def check_keys(
 
     Args:
         raw: a parsed configuration file.
-        only: keys with the values that we can compute, each on its own or in a list (of layers); null is one of them.
+        only: keys with the values that we can compute; null is one of them. Of `PER_LAYER`, each item of the list.
         known: keys that may say anything here.
         where: path of the file, for messages.
 
@@ -168,7 +171,8 @@ def check_keys(
     """
     for name, allowed in only.items():
         value = raw.get(name)
-        if any(part not in allowed for part in (value if isinstance(value, list) else [value]) if part is not None):
+        items = value if name in PER_LAYER and isinstance(value, list) else [value]
+        if value is not None and any(item not in allowed for item in items):
             raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {allowed[0]} is supported")
     unknown = [name for name, value in raw.items() if value and name not in known | only.keys()]
     if unknown:

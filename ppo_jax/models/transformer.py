@@ -34,7 +34,9 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-_float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)  # bfloat16 in, float32 out
+# bfloat16 in, float32 out
+_float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+_float32_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
@@ -107,8 +109,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    heads = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=jnp.float32)
-    return heads.astype(query.dtype).reshape(query.shape)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 
 class Norm(nn.Module):
@@ -154,7 +155,7 @@ class Projection(nn.Module):
         init = nn.initializers.normal(self.init_std or self.config.init_std)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), param_dtype)
         x = x.astype(dtype)
-        y = jnp.dot(x, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        y = _float32_dot(x, kernel.astype(dtype))
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x, y, kernel)
         if self.use_bias:
@@ -165,8 +166,7 @@ class Projection(nn.Module):
     def _adapted(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
         scale = self.config.lora_scale
         a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-        product = partial(jnp.dot, preferred_element_type=jnp.float32)
-        y = y + scale * product(product(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
+        y = y + scale * _float32_dot(_float32_dot(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
         if self.has_variable("params", "lora_magnitude"):
             norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
             y = y * jnp.broadcast_to(self.get_variable("params", "lora_magnitude") / norms, y.shape)
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         self.key = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias, out_dtype="float32")
         self.value = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
         output_bias = config.attention_bias and config.attention_output_bias
-        self.output = Projection(config, config.width, output_bias, _residual_std(config), "float32")
+        self.output = Projection(config, config.width, output_bias, _residual_std(config), out_dtype="float32")
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config), Norm(config)
 
@@ -235,7 +235,7 @@ class MLP(nn.Module):
         if config.gated_mlp:
             self.gate = Projection(config, config.mlp_width, config.mlp_bias)
         self.up = Projection(config, config.mlp_width, config.mlp_bias)
-        self.down = Projection(config, config.width, config.mlp_bias, _residual_std(config), "float32")
+        self.down = Projection(config, config.width, config.mlp_bias, _residual_std(config), out_dtype="float32")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` to `[..., D]` float32."""
