@@ -1,7 +1,8 @@
 """Responses of a model to prompts: what collecting feedback, normalising a reward model and evaluating ask for."""
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,26 @@ import numpy as np
 
 from experiments.settings import FeedbackExperiment
 from experiments.settings.evaluation import AskingSettings
+from experiments.streaming import Watcher, cut_at
 from ppo_jax import hub
 from ppo_jax.data import pad
 from ppo_jax.errors import check
 from ppo_jax.models import ActorCritic
 from ppo_jax.sampling import SamplingConfig, generate
-from ppo_jax.sharding import make_mesh, param_shardings
+from ppo_jax.sharding import make_mesh, make_place
 from ppo_jax.tokenizers import check_vocabulary, decode_responses, encode_prompt, load_tokenizer, special_tokens
 from ppo_jax.types import Params, Prompts, Rollout
 
 Prompt = str | list[dict[str, Any]]
+
+
+class Answer(NamedTuple):
+    """A response, and how it came about."""
+
+    text: str  # without special tokens, up to a stop string
+    token_ids: list[int]  # all that were sampled, EOS and those of a stop string included
+    logprobs: list[float]  # of each, in the distribution that it was drawn from; nats
+    finish_reason: str  # stop (EOS or a stop string) or length
 
 
 class Responder:
@@ -34,6 +45,9 @@ class Responder:
         dtype: str = "float32",
         pad_token: str = "",
         eos_token: str = "",
+        stop: Sequence[str] = (),
+        show: Callable[[str], None] | None = None,
+        **filters: Any,
     ) -> None:
         """Loads the model.
 
@@ -46,6 +60,9 @@ class Responder:
             dtype: of the model's matrix products.
             pad_token: overrides the tokenizer's.
             eos_token: overrides the tokenizer's.
+            stop: texts that end a response; they are not part of it.
+            show: gets the text of the first response of a batch in pieces, while it is sampled.
+            filters: `top_k`, `top_p`, `min_p` and `repetition_penalty` of `SamplingConfig`.
 
         Raises:
             InputError: the model cannot be used, or is too short for prompt and response.
@@ -59,18 +76,23 @@ class Responder:
         self.special = special_tokens(self.tokenizer, hub.load_eos_ids(folder), pad_token, eos_token)
         self.prompt_length, self.batch_size = prompt_length, batch_size
         self._vocab_size, self._name = config.vocab_size, model
-        self._sampling = SamplingConfig(response_length, self.special.eos_ids, self.special.pad_id, temperature)
-        mesh = make_mesh(jax.device_count() if batch_size % jax.device_count() == 0 else 1)
-        head = {"kernel": np.zeros((config.width, 1), np.float32), "bias": np.zeros(1, np.float32)}
-        params = {"decoder": hub.load_params(folder, config), "value_head": head}
-        self._params = jax.device_put(params, param_shardings(mesh, params))
+        self._sampling = SamplingConfig(
+            response_length, self.special.eos_ids, self.special.pad_id, temperature, **filters
+        )
+        self._stop = stop
+        self._watcher = Watcher(self.tokenizer, self.special.eos_ids, stop, show) if stop or show else None
+        # What leaves the device while it samples does so from one device.
+        mesh = make_mesh(jax.device_count() if batch_size % jax.device_count() == 0 and not self._watcher else 1)
+        self._params = {"decoder": hub.load_params(folder, config, make_place(mesh))}
         network = ActorCritic(config)
 
         def answer(params: Params, prompts: Prompts, key: jax.Array) -> Rollout:
-            return generate(network, params, prompts, key, self._sampling)
+            return generate(network, params, prompts, key, self._sampling, self._watcher)
 
         batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
         self._answer = jax.jit(answer, in_shardings=(None, batch, None), out_shardings=batch)
+        self.compile_s = 0.0  # what compiling has taken so far
+        self._compiled: Any = None
 
     def respond(self, prompts: Sequence[Prompt], num_responses: int = 1, seed: int = 0) -> list[list[str]]:
         """Samples `num_responses` responses to every prompt; the same seed gives the same ones on any devices.
@@ -78,21 +100,46 @@ class Responder:
         Raises:
             InputError: a prompt is empty, or longer than `prompt_length`.
         """
+        texts = [answer.text for answer in self.answers(prompts, num_responses, seed)]
+        return [texts[i * num_responses : (i + 1) * num_responses] for i in range(len(prompts))]
+
+    def answers(self, prompts: Sequence[Prompt], num_responses: int = 1, seed: int = 0) -> Iterator[Answer]:
+        """As `respond`, one response after the other, as soon as its batch is sampled."""
         ids = [self._encode(prompt, row) for row, prompt in enumerate(prompts, start=1)]
         if not ids:
-            return []
+            return
         tokens, mask = pad(ids, self.prompt_length, self.special.pad_id, side="left")
         check_vocabulary(self.special, tokens, self._vocab_size)
         rows = np.repeat(np.arange(len(ids)), num_responses)
-        texts: list[str] = []
         for number, start in enumerate(range(0, len(rows), self.batch_size)):
             # The last batch is filled up with the first rows, so that one program serves all.
-            batch = np.resize(rows[start : start + self.batch_size], self.batch_size)
+            real = rows[start : start + self.batch_size]
+            batch = np.resize(real, self.batch_size)
             key = jax.random.fold_in(jax.random.key(seed), jnp.int32(number))
-            rollout = self._answer(self._params, Prompts(tokens[batch], mask[batch]), key)
-            answers, real = jax.device_get((rollout.tokens, rollout.mask))
-            texts += decode_responses(self.tokenizer, answers, real, self._sampling.max_new_tokens)
-        return [texts[i * num_responses : (i + 1) * num_responses] for i in range(len(ids))]
+            yield from self._read(self._sample(Prompts(tokens[batch], mask[batch]), key))[: len(real)]
+
+    def _sample(self, prompts: Prompts, key: jax.Array) -> Rollout:
+        if self._compiled is None:
+            begin = time.perf_counter()
+            self._compiled = self._answer.lower(self._params, prompts, key).compile()
+            self.compile_s += time.perf_counter() - begin
+        if self._watcher:
+            self._watcher.begin(np.asarray(prompts.tokens), np.asarray(prompts.mask))
+        rollout = jax.device_get(self._compiled(self._params, prompts, key))
+        if self._watcher:
+            self._watcher.finish()
+        return rollout
+
+    def _read(self, rollout: Rollout) -> list[Answer]:
+        texts = decode_responses(self.tokenizer, rollout.tokens, rollout.mask, self._sampling.max_new_tokens)
+        answers = []
+        for row, whole in enumerate(texts):
+            text, stopped = cut_at(whole, self._stop)
+            size = int(rollout.response_mask[row].sum())
+            ids = rollout.response_tokens[row, :size].tolist()
+            ended = stopped or ids[-1] in self.special.eos_ids
+            answers.append(Answer(text, ids, rollout.logprobs[row, :size].tolist(), "stop" if ended else "length"))
+        return answers
 
     def _encode(self, prompt: Prompt, row: int) -> list[int]:
         ids = encode_prompt(self.tokenizer, prompt)

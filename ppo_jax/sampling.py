@@ -1,11 +1,14 @@
 """Sampling responses: one prefill, then a decode loop that stops when every sequence has ended, all in one program."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
 
 from ppo_jax.errors import check
 from ppo_jax.models import ActorCritic, Cache, causal_mask, empty_cache, positions_of
@@ -27,6 +30,8 @@ class SamplingConfig:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # only tokens at least this times as probable as the likeliest
+    repetition_penalty: float = 1.0  # logits of tokens that are there already are divided by it, below 0 multiplied
     min_new_tokens: int = 0  # no EOS before this many tokens
     truncate_id: int | None = None  # this token, too, ends a response
     truncate_after: int = 0  # as response token number `truncate_after` (from 0) or later
@@ -38,6 +43,8 @@ class SamplingConfig:
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "a number in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "a number in [0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "a positive number"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
             "truncate_after": (0 <= self.truncate_after <= self.max_new_tokens, "from 0 to max_new_tokens"),
         }
@@ -88,18 +95,39 @@ def ends_response(tokens: jax.Array, positions: jax.Array, sampling: SamplingCon
     return ended | ((tokens == sampling.truncate_id) & (positions >= sampling.truncate_after)[None, :])
 
 
-def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
-    """Forbids all but the `top_k` likeliest tokens, then all outside the nucleus of probability `top_p`.
+def penalize_repetition(logits: jax.Array, tokens: jax.Array, mask: jax.Array, penalty: float) -> jax.Array:
+    """Makes tokens that are in the text already less likely.
+
+    Args:
+        logits: `[B, V]` float32.
+        tokens: `[B, S]` the prompt and the response so far.
+        mask: `[B, S]` which of them are there.
+        penalty: p; a logit x of such a token becomes x / p if it is positive, else x p. 1 changes nothing.
+
+    Returns:
+        `[B, V]`.
+
+    Source: Keskar et al. 2019, arXiv:1909.05858 (CTRL), section 4.1; for negative logits as transformers has it.
+    """
+    rows = jnp.broadcast_to(jnp.arange(len(tokens))[:, None], tokens.shape)
+    seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(mask)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> jax.Array:
+    """Forbids all but the `top_k` likeliest tokens, then all outside the nucleus of probability `top_p`, then all less
+    than `min_p` times as probable as the likeliest.
 
     Args:
         logits: `[B, V]` float32.
         top_k: 0 keeps all. Ties with the k-th are kept.
         top_p: 1 keeps all. The token that crosses `top_p` is kept, so one always is.
+        min_p: 0 keeps all.
 
     Returns:
         `[B, V]` with -inf where forbidden.
 
-    Source: Holtzman et al. 2019, arXiv:1904.09751 (nucleus sampling).
+    Source: Holtzman et al. 2019, arXiv:1904.09751 (nucleus sampling); Nguyen et al. 2024, arXiv:2407.01082 (min-p).
     """
     if 0 < top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -109,6 +137,9 @@ def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.
         probs = jax.nn.softmax(descending, axis=-1)
         inside = jnp.cumsum(probs, axis=-1) - probs < top_p
         threshold = jnp.min(descending, axis=-1, where=inside, initial=jnp.inf, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    if min_p > 0.0:
+        threshold = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
     return logits
 
@@ -158,7 +189,18 @@ class _Decoding(NamedTuple):
     rollout: Rollout
 
 
-def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Array, sampling: SamplingConfig) -> Rollout:
+Watch = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""What sees new tokens on the host: (tokens `[B]`, their number in the response `[]`) -> rows that end here `[B]`."""
+
+
+def generate(
+    model: ActorCritic,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    watch: Watch | None = None,
+) -> Rollout:
     """Samples a response to every prompt.
 
     Args:
@@ -167,6 +209,7 @@ def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Arra
         prompts: `[B, P]`, padded left.
         key: a typed key; token t uses `fold_in(key, t)`.
         sampling: how tokens are chosen, and what ends a response.
+        watch: shows text as it comes, and ends responses for reasons of its own; None: nothing leaves the device.
 
     Returns:
         A `Rollout` with R = `sampling.max_new_tokens`. The logprobs are those of the distribution that was drawn from,
@@ -181,8 +224,11 @@ def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Arra
 
     def emit(hidden: jax.Array, at: _Decoding) -> _Decoding:
         """Draws response token t from the state before it and writes it down."""
-        logits = policy_logits(apply(hidden, method="logits")[:, None], at.t[None], sampling)[:, 0]
-        logits = filter_logits(logits, sampling.top_k, sampling.top_p)
+        logits = apply(hidden, method="logits")
+        if sampling.repetition_penalty != 1.0:
+            logits = penalize_repetition(logits, at.rollout.tokens, at.rollout.mask, sampling.repetition_penalty)
+        logits = policy_logits(logits[:, None], at.t[None], sampling)[:, 0]
+        logits = filter_logits(logits, sampling.top_k, sampling.top_p, sampling.min_p)
         if sampling.temperature == 0:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         else:
@@ -198,6 +244,8 @@ def generate(model: ActorCritic, params: Params, prompts: Prompts, key: jax.Arra
             values=rollout.values.at[:, at.t].set(jnp.where(at.alive, value, 0.0)),
         )
         ended = ends_response(token[:, None], at.t[None], sampling)[:, 0]
+        if watch is not None:
+            ended |= io_callback(watch, jax.ShapeDtypeStruct((batch,), bool), token, at.t)
         return _Decoding(at.t + 1, at.alive & ~ended, at.cache, rollout)
 
     def decode(at: _Decoding) -> _Decoding:

@@ -21,7 +21,15 @@ from small import GPT2, LLAMA, MODELS, PAD, V, full_pass, left_padded, policy_lo
 
 from ppo_jax.errors import InputError
 from ppo_jax.models import ActorCritic
-from ppo_jax.sampling import SamplingConfig, draw, ends_response, filter_logits, generate, policy_logits
+from ppo_jax.sampling import (
+    SamplingConfig,
+    draw,
+    ends_response,
+    filter_logits,
+    generate,
+    penalize_repetition,
+    policy_logits,
+)
 from ppo_jax.types import Prompts
 
 TOLERANCE = 1e-5
@@ -169,6 +177,61 @@ def test_filters_keep_the_tokens_of_the_oracle(top_k, top_p, ties, rng):
             assert all(kept[token] == row[token] for token in expected)
             judged += 1
     assert judged > 30
+
+
+@pytest.mark.parametrize("min_p", [0.5, 0.01, 1.0])
+def test_min_p_keeps_what_is_likely_enough(min_p, rng):
+    logits = np.float32(2 * rng.normal(size=(40, V)))
+    kept = np.asarray(filter_logits(jnp.asarray(logits), 7, 0.9, min_p)) > -np.inf
+    before = np.asarray(filter_logits(jnp.asarray(logits), 7, 0.9)) > -np.inf
+    probs = np.exp(logits.astype(np.float64))
+    relative = probs / probs.max(axis=1, keepdims=True)  # the same among those that the other filters have left
+    sure = np.abs(relative - min_p) > 1e-6
+    np.testing.assert_array_equal(kept[sure], (before & (relative >= min_p))[sure])
+    assert kept.any(axis=1).all()
+
+
+def test_repetition_is_penalized_by_hand():
+    """Tokens 0 and 3 are in the text (2 is padding): 2 / 2, and -1 x 2; the others stay."""
+    tokens, mask = jnp.array([[2, 0, 3, 0]]), jnp.array([[False, True, True, True]])
+    logits = jnp.array([[2.0, 1.0, 4.0, -1.0, -3.0]])
+    assert penalize_repetition(logits, tokens, mask, 2.0).tolist() == [[1.0, 1.0, 4.0, -2.0, -3.0]]
+
+
+def test_what_is_penalized_is_the_prompt_and_the_response_so_far(rng, key):
+    sampling = SamplingConfig(R, (1,), PAD, temperature=0.8, repetition_penalty=1.7)
+    params, prompts = random_params(rng, LLAMA), left_padded(rng, SIZES, 5)
+    rollout = sampled(LLAMA, sampling)(params, prompts, key)
+    assert_well_formed(rollout, prompts, sampling)
+    logits, mask = np.asarray(full_pass(LLAMA, params, rollout)[0], np.float64), np.asarray(rollout.response_mask)
+    for row, t in np.argwhere(mask):
+        before = np.asarray(rollout.tokens[row, : 5 + t])[np.asarray(rollout.mask[row, : 5 + t])]
+        penalized = logits[row, t].copy()
+        for token in set(before.tolist()):
+            penalized[token] = penalized[token] / 1.7 if penalized[token] > 0 else penalized[token] * 1.7
+        expected = np.log(softmax(penalized / 0.8))[int(rollout.response_tokens[row, t])]
+        assert abs(rollout.logprobs[row, t] - expected) < TOLERANCE
+
+
+def test_a_watch_sees_every_token_and_ends_rows(rng, key):
+    """Row i ends with its token number i; what is sampled until then is what would have been sampled anyway."""
+    sampling = SamplingConfig(R, (), PAD)
+    params, prompts = random_params(rng, LLAMA), left_padded(rng, SIZES, 5)
+    seen = []
+
+    def watch(tokens, number):
+        seen.append((int(number), np.array(tokens)))
+        return np.arange(len(tokens)) <= number
+
+    act = jax.jit(partial(generate, ActorCritic(LLAMA), sampling=sampling, watch=watch))
+    rollout, free = act(params, prompts, key), sampled(LLAMA, sampling)(params, prompts, key)
+    num = min(len(SIZES), R)
+    sizes = np.minimum(np.arange(len(SIZES)) + 1, R)
+    np.testing.assert_array_equal(rollout.response_mask, np.arange(R) < sizes[:, None])
+    tokens = np.where(rollout.response_mask, free.response_tokens, PAD)
+    np.testing.assert_array_equal(rollout.response_tokens, tokens)
+    assert [number for number, _ in seen] == list(range(num))
+    np.testing.assert_array_equal(np.stack([tokens for _, tokens in seen], 1), rollout.response_tokens[:, :num])
 
 
 # The policy's distribution.
@@ -483,6 +546,8 @@ def test_without_a_value_head_the_values_are_zero_and_nothing_else_changes(rng, 
         ({"top_k": -1}, r"top_k: got -1, expected 0 \(all tokens\) or more"),
         ({"top_p": 0.0}, r"top_p: got 0.0, expected a number in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p: got 1.1"),
+        ({"min_p": 1.1}, r"min_p: got 1.1, expected a number in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0, expected a positive number"),
         ({"min_new_tokens": -1}, "min_new_tokens: got -1, expected from 0 to max_new_tokens"),
         ({"min_new_tokens": 5}, "min_new_tokens: got 5"),
         ({"truncate_after": -1}, "truncate_after: got -1, expected from 0 to max_new_tokens"),
