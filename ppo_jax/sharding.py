@@ -6,9 +6,11 @@ products of each layer (Megatron's arrangement: columns into a block, rows out o
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,22 +80,30 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
         ValueError: a parameter of one or more dimensions that no row matches, by its path.
     """
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not leaf.shape:
-            return NamedSharding(mesh, P())
-        for pattern, spec in RULES:
-            if re.search(pattern, name):
-                fits = (
-                    axis if axis is not None and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(tuple(spec) + (None,) * len(leaf.shape), leaf.shape, strict=False)
-                )
-                return NamedSharding(mesh, P(*fits))
-        raise ValueError(
-            f"sharding: no rule for parameter {name} of shape {leaf.shape}; add a row to RULES in ppo_jax/sharding.py"
-        )
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        return _sharding(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    if not shape:
+        return NamedSharding(mesh, P())
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            fits = (
+                axis if axis is not None and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(tuple(spec) + (None,) * len(shape), shape, strict=False)
+            )
+            return NamedSharding(mesh, P(*fits))
+    raise ValueError(
+        f"sharding: no rule for parameter {name} of shape {shape}; add a row to RULES in ppo_jax/sharding.py"
+    )
+
+
+def make_place(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
+    """A function that puts a parameter, by its path, where `param_shardings` says: for `hub.load_params`."""
+    return lambda path, array: jax.device_put(array, _sharding(mesh, path, array.shape))
 
 
 def minibatches(batch: Tree, num: int) -> Tree:

@@ -10,6 +10,7 @@ from experiments.methods import METHODS
 from ppo_jax.config import PPOConfig
 from ppo_jax.dpo import DPOConfig
 from ppo_jax.models import LoRAConfig, ModelConfig
+from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from ppo_jax.rewards import HttpOptions
 from ppo_jax.sampling import SamplingConfig
 
@@ -143,6 +144,12 @@ IDLE = {  # in which company nothing reads a field
 BASES: dict[type, dict[str, Any]] = {
     PPOConfig: dataclasses.asdict(SMALL),
     ModelConfig: dict(vocab_size=11, num_layers=1, num_heads=2, width=8, mlp_width=8, max_positions=10),
+    LinearScaling: dict(factor=2.0),
+    Llama3Scaling: dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16),
+    YarnScaling: dict(factor=2.0, original_max_positions=64, magnitude=1.1, beta_fast=4.0, beta_slow=1.0),
+    LongScaling: dict(
+        short_factors=(1.0, 2.0, 3.0, 4.0), long_factors=(2.0, 3.0, 4.0, 5.0), original_max_positions=8, magnitude=1.1
+    ),
     SamplingConfig: dict(max_new_tokens=3, eos_ids=(1, 2), pad_id=0),
     kinds.PPOExperiment: dict(model="@model", prompts="@prompts.jsonl", reward="@rewards.py:count_good",
                               ppo=PPOConfig(batch_size=4, prompt_length=8, response_length=4, num_minibatches=1),
@@ -232,20 +239,56 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "num_kv_heads": row(1, by="shapes"),
         "head_dim": row(2, by="shapes"),
         "positions": row("learned", by="shapes"),
+        "position_offset": row(2, by="shapes", positions="learned"),
         "rope_theta": row(100.0),
+        "rope_scaling": row(LinearScaling(2.0), Llama3Scaling(2.0, 0.1, 2.0, 4), YarnScaling(2.0, 4, 1.1))
+        + row(LongScaling((1.0, 2.0), (2.0, 3.0), 4, 1.0), LongScaling((1.0, 2.0), (2.0, 3.0), 5, 1.0)),
+        "rotary_dim": row(2),
+        "local_rope_theta": row(100.0, 500.0, layer_windows=(2,)),
+        "unrotated_layers": row((0,)),
+        "layer_windows": row((2,), (3,)),
         "norm": row("layernorm", by="shapes"),
         "norm_eps": row(0.1),
+        "norm_unit_offset": row(True),
+        "norm_placement": row("after", "both", by="shapes"),
         "activation": row("gelu", "gelu_tanh", "relu"),
         "gated_mlp": row(False, by="shapes"),
         "attention_bias": row(True, by="shapes"),
         "attention_output_bias": row(False, by="shapes", attention_bias=True),
-        "qk_norm": row(True, by="shapes"),
+        "qk_norm": row("head", "projection", by="shapes"),
         "mlp_bias": row(True, by="shapes"),
+        "parallel_residual": row(True),
+        "query_pre_attn_scalar": row(9),
+        "attention_softcap": row(0.1),
+        "final_softcap": row(0.1),
+        "embed_scale": row(True),
         "tie_embeddings": row(False, by="shapes"),
         "init_std": row(0.1),
+        "family": "test_hub.py::test_a_model_is_saved_as_its_family",
         "lora_scale": row(2.0),
         "dtype": row("bfloat16"),
         "param_dtype": row("bfloat16", by="shapes"),
+    },
+    LinearScaling: {"factor": row(3.0)},
+    Llama3Scaling: {
+        "factor": row(3.0),
+        "low_freq_factor": row(0.5),
+        "high_freq_factor": row(3.0),
+        "original_max_positions": row(32),
+    },
+    YarnScaling: {
+        "factor": row(3.0),
+        "original_max_positions": row(256),
+        "magnitude": row(1.2),
+        "beta_fast": row(2.0),
+        "beta_slow": row(0.25),
+        "truncate": row(False),
+    },
+    LongScaling: {
+        "short_factors": row((1.0, 2.0, 3.0, 5.0)),
+        "long_factors": row((2.0, 3.0, 4.0, 6.0)),
+        "original_max_positions": row(4),
+        "magnitude": row(1.2),
     },
     SamplingConfig: {
         "max_new_tokens": row(2),
@@ -254,6 +297,8 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "temperature": row(0.0, 2.0),
         "top_k": row(1, 3),
         "top_p": row(0.5),
+        "min_p": row(0.5),
+        "repetition_penalty": row(5.0),
         "min_new_tokens": row(3, eos_ids=(5, 6, 7, 8, 9)),
         "truncate_id": row(8, 9),
         "truncate_after": row(2, truncate_id=9, temperature=3.0),

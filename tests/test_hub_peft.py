@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_not_written(rng, tmp_path):
     refused("the adapter is empty", hub.save_adapter, tmp_path / "adapter", {}, lora, LLAMA)
     refused("no part of such an adapter", save, {}, lora, GPT2)
     strange = dataclasses.replace(LLAMA, norm="layernorm")
-    refused("no family of gpt2, llama, qwen2, qwen3 has files for", save, {}, lora, strange)
+    refused("no family of gpt2, llama, .* has files for", save, {}, lora, strange)
     assert not list(tmp_path.iterdir())
 
 

@@ -29,7 +29,8 @@ from ppo_jax.models import (
     segment_mask,
     segment_positions,
 )
-from ppo_jax.models.transformer import attend, rotate
+from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling, frequencies, rotate
+from ppo_jax.models.transformer import attend
 from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.types import Prompts
 
@@ -83,6 +84,7 @@ def max_relative_error(actual, expected, mask) -> float:
 
 
 def oracle_norm(x, p, config):
+    p = p | {"scale": p["scale"] + 1} if config.norm_unit_offset else p
     if config.norm == "layernorm":
         centred = [v - sum(x) / len(x) for v in x]
         size = math.sqrt(sum(v * v for v in centred) / len(x) + config.norm_eps)
@@ -106,58 +108,115 @@ def oracle_activation(x, name):
     return np.array([one(v) for v in x])
 
 
-def oracle_rotate(x, position, theta):
-    """Turns the plane of coordinates (i, i + H/2) by position * theta^(-2i/H)."""
-    half = len(x) // 2
+def oracle_frequency(i, size, theta, scaling, slots):
+    """Radians a position of plane i, as the papers write it."""
+    plain = theta ** (-2 * i / size)
+    match scaling:
+        case None:
+            return plain
+        case LinearScaling(factor):
+            return plain / factor
+        case Llama3Scaling(factor, low, high, original):
+            wavelength = 2 * math.pi / plain
+            if wavelength < original / high:
+                return plain
+            if wavelength > original / low:
+                return plain / factor
+            smooth = (original / wavelength - low) / (high - low)
+            return (1 - smooth) * plain / factor + smooth * plain
+        case YarnScaling(factor, original, _, fast, slow, truncate):
+            ends = [size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)]
+            first, last = (math.floor(ends[0]), math.ceil(ends[1])) if truncate else ends
+            ramp = min(max((i - max(first, 0)) / (min(last, size - 1) - max(first, 0)), 0), 1)
+            return plain / factor * ramp + plain * (1 - ramp)
+        case LongScaling(short, long, original):
+            return plain / (long if slots > original else short)[i]
+
+
+def oracle_rotate(x, position, config, layer, slots):
+    """Turns the plane of coordinates (i, i + F) by its angle; what is not rotated passes."""
+    local = config.local_rope_theta and config.layer_windows[layer]
+    theta, scaling = (config.local_rope_theta, None) if local else (config.rope_theta, config.rope_scaling)
+    size = config.rotary_dim or config.head_dim
     y = np.array(x)
-    for i in range(half):
-        turn = np.exp(1j * position * theta ** (-2 * i / len(x))) * complex(x[i], x[i + half])
-        y[i], y[i + half] = turn.real, turn.imag
+    for i in range(size // 2):
+        angle = position * oracle_frequency(i, size, theta, scaling, slots)
+        turn = np.exp(1j * angle) * complex(x[i], x[i + size // 2]) * getattr(scaling, "magnitude", 1.0)
+        y[i], y[i + size // 2] = turn.real, turn.imag
     return y
 
 
-def oracle_attention(xs, p, config):
+def oracle_cap(x, cap):
+    return cap * math.tanh(x / cap) if cap else x
+
+
+def oracle_attention(xs, p, config, layer, slots):
     def heads(name, count, turned):
-        rows = [oracle_dense(x, p[name]).reshape(count, config.head_dim) for x in xs]
-        if turned and config.positions == "rotary":
-            rows = [[oracle_rotate(h, t, config.rope_theta) for h in row] for t, row in enumerate(rows)]
+        rows = [oracle_dense(x, p[name]) for x in xs]
+        if turned and config.qk_norm == "projection":
+            rows = [oracle_norm(row, p[f"{name}_norm"], config) for row in rows]
+        rows = [row.reshape(count, config.head_dim) for row in rows]
+        if turned and config.qk_norm == "head":
+            rows = [[oracle_norm(h, p[f"{name}_norm"], config) for h in row] for row in rows]
+        if turned and config.positions == "rotary" and layer not in config.unrotated_layers:
+            rows = [[oracle_rotate(h, t, config, layer, slots) for h in row] for t, row in enumerate(rows)]
         return rows
 
     query = heads("query", config.num_heads, True)
     key, value = heads("key", config.num_kv_heads, True), heads("value", config.num_kv_heads, False)
     out = []
+    window = (config.layer_windows or [0] * config.num_layers)[layer] or len(xs)
+    scale = 1 / math.sqrt(config.query_pre_attn_scalar or config.head_dim)
     for t in range(len(xs)):
-        mixed = []
+        mixed, seen = [], range(max(0, t - window + 1), t + 1)
         for n in range(config.num_heads):
             shared = n * config.num_kv_heads // config.num_heads
-            scores = np.array([query[t][n] @ key[s][shared] / math.sqrt(config.head_dim) for s in range(t + 1)])
+            scores = [query[t][n] @ key[s][shared] * scale for s in seen]
+            scores = np.array([oracle_cap(score, config.attention_softcap) for score in scores])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            mixed.append(sum(weights[s] * value[s][shared] for s in range(t + 1)))
+            mixed.append(sum(weight * value[s][shared] for weight, s in zip(weights, seen, strict=True)))
         out.append(oracle_dense(np.concatenate(mixed), p["output"]))
     return out
 
 
-def oracle_logits(params, tokens, config) -> np.ndarray:
-    """Logits [T, V] of one sequence without padding."""
+def oracle_logits(params, tokens, config, slots) -> np.ndarray:
+    """Logits [T, V] of one sequence without padding, which stands in so many slots."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     xs = [params["embed"]["embedding"][token] for token in tokens]
+    if config.embed_scale:
+        xs = [x * math.sqrt(config.width) for x in xs]
     if config.positions == "learned":
-        xs = [x + params["positions"]["embedding"][t] for t, x in enumerate(xs)]
+        xs = [x + params["positions"]["embedding"][config.position_offset + t] for t, x in enumerate(xs)]
     for i in range(config.num_layers):
         p = params[f"layer_{i}"]
-        attended = oracle_attention([oracle_norm(x, p["attention_norm"], config) for x in xs], p["attention"], config)
-        xs = [x + y for x, y in zip(xs, attended, strict=True)]
+
+        def normed(x, name, p=p):
+            return oracle_norm(x, p[name], config) if name in p else x
+
+        before = xs
+        attended = oracle_attention([normed(x, "attention_norm") for x in xs], p["attention"], config, i, slots)
+        xs = [x + normed(y, "attention_post_norm") for x, y in zip(xs, attended, strict=True)]
         for t, x in enumerate(xs):
-            h = oracle_norm(x, p["mlp_norm"], config)
+            h = normed(before[t] if config.parallel_residual else x, "mlp_norm")
             up = oracle_dense(h, p["mlp"]["up"])
             if config.gated_mlp:
                 inner = oracle_activation(oracle_dense(h, p["mlp"]["gate"]), config.activation) * up
             else:
                 inner = oracle_activation(up, config.activation)
-            xs[t] = x + oracle_dense(inner, p["mlp"]["down"])
+            xs[t] = x + normed(oracle_dense(inner, p["mlp"]["down"]), "mlp_post_norm")
     hidden = np.array([oracle_norm(x, params["final_norm"], config) for x in xs])
-    return hidden @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
+    logits = hidden @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
+    return np.vectorize(oracle_cap)(logits, config.final_softcap)
+
+
+GEMMA_LIKE = {
+    "norm_unit_offset": True,
+    "norm_placement": "both",
+    "embed_scale": True,
+    "activation": "gelu_tanh",
+    "query_pre_attn_scalar": 9,
+}
 
 
 VARIANTS = {
@@ -170,6 +229,26 @@ VARIANTS = {
     "gpt2_untied_relu": {**GPT2_LIKE, "tie_embeddings": False, "activation": "relu"},
     "gpt2_grouped": {**GPT2_LIKE, "num_kv_heads": 2, "activation": "gelu"},
     "rotary_layernorm": {"norm": "layernorm", "gated_mlp": False},
+    "llama3": {"rope_theta": 100.0, "rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 24)},
+    "linear": {"rope_theta": 100.0, "rope_scaling": LinearScaling(2.5)},
+    "yarn": {"rope_theta": 100.0, "rope_scaling": YarnScaling(4.0, 16, 1.2, 2.0, 0.5)},
+    "yarn_not_truncated": {"head_dim": 8, "rope_scaling": YarnScaling(4.0, 64, 1.2, 4.0, 0.5, truncate=False)},
+    "long_frequencies": {"rope_scaling": LongScaling((1.0, 1.5, 2.0), (2.0, 3.0, 4.0), 8, 1.2)},
+    "short_frequencies": {"rope_scaling": LongScaling((1.0, 1.5, 2.0), (2.0, 3.0, 4.0), 9, 1.2)},
+    "windows": {"layer_windows": (3, 3)},
+    "olmo2": {"norm_placement": "after", "qk_norm": "projection", "num_kv_heads": 2},
+    "smollm3": {"unrotated_layers": (1,), "layer_windows": (0, 4)},
+    "gemma2": {**GEMMA_LIKE, "layer_windows": (3, 0), "attention_softcap": 1.5, "final_softcap": 2.0},
+    "gemma3": {
+        **GEMMA_LIKE,
+        "qk_norm": "head",
+        "layer_windows": (4, 0),
+        "local_rope_theta": 10.0,
+        "rope_scaling": LinearScaling(8.0),
+    },
+    "gpt_neox": {**GPT2_LIKE, "positions": "rotary", "head_dim": 8, "rotary_dim": 4, "parallel_residual": True},
+    "gemma_in_parallel": {**GEMMA_LIKE, "parallel_residual": True},
+    "opt": {**GPT2_LIKE, "position_offset": 2, "activation": "relu"},
     "learned_rmsnorm_gated": {"positions": "learned", "activation": "relu", "mlp_bias": True},
 }
 
@@ -181,7 +260,7 @@ def test_logits_equal_the_oracle(name, rng):
     tokens, mask = left_padded(rng, config)
     expected = np.zeros((*tokens.shape, config.vocab_size))
     for row in range(len(tokens)):
-        expected[row, mask[row]] = oracle_logits(params, tokens[row][mask[row]], config)
+        expected[row, mask[row]] = oracle_logits(params, tokens[row][mask[row]], config, tokens.shape[1])
     assert max_relative_error(logits_of(config, params, tokens, mask), expected, mask) < TOLERANCE
 
 
@@ -215,9 +294,9 @@ def with_value_head(decoder):
     return {"decoder": decoder, "value_head": {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros(1)}}
 
 
-@pytest.mark.parametrize("variant", [GPT2_LIKE, {"num_kv_heads": 2}], ids=["gpt2", "llama"])
-def test_prefill_and_steps_with_a_cache_equal_the_full_pass(variant, rng):
-    config = tiny(**variant)
+@pytest.mark.parametrize("name", ["gpt2", "llama_grouped", "windows", "long_frequencies", "gemma3", "opt"])
+def test_prefill_and_steps_with_a_cache_equal_the_full_pass(name, rng):
+    config = tiny(**VARIANTS[name])
     params = {"params": random_params(rng, config)}
     tokens, mask = (jnp.asarray(x) for x in left_padded(rng, config))
     size, prefilled = tokens.shape[1], 4
@@ -280,13 +359,14 @@ def test_grouped_queries_equal_repeated_keys(rng):
     query = rng.normal(size=(batch, size, heads, head_dim)).astype(np.float32)
     key, value = rng.normal(size=(2, batch, size, kv_heads, head_dim)).astype(np.float32)
     mask = causal_mask(jnp.ones((batch, size), bool))
-    repeated = attend(query, np.repeat(key, heads // kv_heads, 2), np.repeat(value, heads // kv_heads, 2), mask)
-    np.testing.assert_allclose(attend(query, key, value, mask), repeated, rtol=0, atol=1e-6)
+    scale = query.shape[-1] ** -0.5
+    repeated = attend(query, np.repeat(key, heads // kv_heads, 2), np.repeat(value, heads // kv_heads, 2), mask, scale)
+    np.testing.assert_allclose(attend(query, key, value, mask, scale), repeated, rtol=0, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_gets_the_average(rng):
     query, key, value = rng.normal(size=(3, 1, 4, 2, 2)).astype(np.float32)
-    heads = attend(query, key, value, jnp.zeros((1, 4, 4), bool))
+    heads = attend(query, key, value, jnp.zeros((1, 4, 4), bool), 0.5)
     np.testing.assert_allclose(heads, np.broadcast_to(value.mean(1, keepdims=True), heads.shape), atol=1e-6)
 
 
@@ -294,7 +374,7 @@ def test_rotation_keeps_lengths_and_sees_distances_only():
     query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def turned(x, position):
-        return np.asarray(rotate(jnp.asarray(x), jnp.array([[position]]), 50.0))
+        return np.asarray(rotate(jnp.asarray(x), jnp.array([[position]]), frequencies(8, 50.0)))
 
     np.testing.assert_array_equal(turned(query, 0), query)
     np.testing.assert_allclose(np.linalg.norm(turned(query, 7)), np.linalg.norm(query), rtol=1e-6)
@@ -421,6 +501,30 @@ def test_config_fills_in_what_follows():
         ({"positions": "alibi"}, "positions: got 'alibi', expected one of learned, rotary"),
         ({"norm": "batchnorm"}, "norm: got 'batchnorm'"),
         ({"activation": "mish"}, "activation: got 'mish', expected one of gelu, gelu_tanh, silu, relu"),
+        ({"norm_placement": "within"}, "norm_placement: got 'within', expected one of before, after, both"),
+        ({"qk_norm": True}, "qk_norm: got True, expected one of none, head, projection"),
+        ({"position_offset": 2}, "position_offset: got 2, expected 0 with positions=rotary"),
+        ({"positions": "learned", "rope_scaling": LinearScaling(2.0)}, "rope_scaling: got .*, expected None with pos"),
+        ({"positions": "learned", "rotary_dim": 2}, "rotary_dim: got 2, expected 0 with positions=learned"),
+        ({"rotary_dim": 3}, "rotary_dim: got 3, expected an even number, at most 6"),
+        ({"rotary_dim": 8}, "rotary_dim: got 8, expected an even number, at most 6"),
+        (
+            {"unrotated_layers": (1, 0)},
+            r"unrotated_layers: got \(1, 0\), expected different layers, in order, of 0 to 1",
+        ),
+        ({"unrotated_layers": (2,)}, r"unrotated_layers: got \(2,\)"),
+        ({"layer_windows": (4,)}, r"layer_windows: got \(4,\), expected 2 numbers, one for each layer"),
+        ({"layer_windows": (4, -1)}, r"layer_windows: got \(4, -1\)"),
+        ({"local_rope_theta": 10.0}, "local_rope_theta: got 10.0, expected 0 without windows"),
+        ({"attention_softcap": -1.0}, "attention_softcap: got -1.0, expected 0 or a positive number"),
+        (
+            {"rope_scaling": LongScaling((1.0,), (1.0,), 4, 1.0)},
+            "short_factors: got .*, expected 3 numbers, one for each",
+        ),
+        (
+            {"rope_theta": 1.0, "rope_scaling": YarnScaling(2.0, 4, 1.0)},
+            "rope_theta: got 1.0, expected more than 1 for Y",
+        ),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype: got 'int8'"),
     ],

@@ -49,7 +49,8 @@ from ppo_jax.config import PPOConfig
 from ppo_jax.dpo import DPOConfig, preference_loss
 from ppo_jax.errors import InputError
 from ppo_jax.feedback.simulated import annotate
-from ppo_jax.models import ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, overlay
+from ppo_jax.models import ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, overlay, rope
+from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 from ppo_jax.policy import policy_sampling
 from ppo_jax.ppo import init_state, make_train_step
 from ppo_jax.runs import RunError
@@ -482,6 +483,12 @@ def shapes_of(config: ModelConfig, length: int = 5) -> str:
         return str(error)
 
 
+def of_rope(scaling: RopeScaling, case: Case) -> str:
+    """The frequencies of short and of longer sequences."""
+    lengths = [rope.frequencies(8, 100.0, scaling, length) for length in (4, 8, 16)]
+    return digest((lengths, rope.magnitude(scaling)))
+
+
 def of_sampling(config: SamplingConfig, case: Case) -> str:
     """A rollout."""
     params, rollout = jax.tree.map(jnp.asarray, bench().params), bench().rollout
@@ -520,6 +527,10 @@ def of_architecture(settings: kinds.Architecture, case: Case) -> str:
 OUTPUTS = {
     PPOConfig: lambda config, case: learned(config),
     ModelConfig: of_model,
+    LinearScaling: of_rope,
+    Llama3Scaling: of_rope,
+    YarnScaling: of_rope,
+    LongScaling: of_rope,
     SamplingConfig: of_sampling,
     LoRAConfig: of_lora,
     DPOConfig: of_preference,

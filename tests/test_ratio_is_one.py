@@ -21,6 +21,7 @@ from ppo_jax import hub
 from ppo_jax.config import PPOConfig
 from ppo_jax.data import load_prompts
 from ppo_jax.models import ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, upper_layers
+from ppo_jax.models.rope import LinearScaling, LongScaling, YarnScaling
 from ppo_jax.policy import policy_params, policy_sampling, response_hidden, response_values
 from ppo_jax.ppo import TrainStep, init_state, make_train_step
 from ppo_jax.sharding import Shardings, make_mesh, make_shardings
@@ -39,8 +40,26 @@ BF16_PARAMS = BF16 | {"param_dtype": "bfloat16"}
 FAMILIES = {"gpt2": GPT2, "llama": dataclasses.replace(LLAMA, num_heads=2)}
 # What Qwen 2 and Qwen 3 have and Llama has not, at once.
 FAMILIES["qwen"] = dataclasses.replace(
-    FAMILIES["llama"], attention_bias=True, attention_output_bias=False, qk_norm=True
+    FAMILIES["llama"], attention_bias=True, attention_output_bias=False, qk_norm="head"
 )
+
+
+# What only other families have, three at a time.
+LIKE_GEMMA = dict(
+    norm_unit_offset=True, norm_placement="both", qk_norm="head", embed_scale=True, activation="gelu_tanh",
+    attention_softcap=5.0, final_softcap=3.0, layer_windows=(4, 0), local_rope_theta=10.0, query_pre_attn_scalar=9,
+)  # fmt: skip
+FURTHER = {
+    "gemma": dataclasses.replace(FAMILIES["llama"], **LIKE_GEMMA, rope_scaling=LinearScaling(4.0)),
+    "olmo2": dataclasses.replace(
+        FAMILIES["llama"], norm_placement="after", qk_norm="projection", unrotated_layers=(1,), layer_windows=(5, 5)
+    ),
+    "gpt_neox": dataclasses.replace(
+        GPT2, positions="rotary", rotary_dim=4, parallel_residual=True, rope_scaling=YarnScaling(2.0, 8, 1.1, 4.0)
+    ),
+    "opt": dataclasses.replace(GPT2, position_offset=2, activation="relu"),
+    "phi3_long": dataclasses.replace(FAMILIES["llama"], rope_scaling=LongScaling((1.0, 1.5), (2.0, 3.0), 15, 1.1)),
+}
 
 
 class Case(NamedTuple):
@@ -74,6 +93,8 @@ CASES = [
     Case("qwen", GROUPED | UNTIED | BF16, "dora", "none"),
     Case("qwen", WHOLE | BF16_PARAMS, "hydra", "shared"),
 ]
+
+FURTHER_CASES = [Case(family, dtype, "all", "shared") for family in FURTHER for dtype in ({}, BF16)]
 
 
 def named(case: Case) -> str:
@@ -175,9 +196,10 @@ def assert_responses_differ(experience: Rollout, min_new_tokens: int, eos_ids) -
     assert lengths[ended].min() > min_new_tokens
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", CASES + FURTHER_CASES, ids=named)
 def test_the_ratio_of_the_first_minibatch_is_one(case, rng, key):
-    model = dataclasses.replace(FAMILIES[case.family], **case.changes, num_layers=1 + (case.trained == "hydra"))
+    layers = 2 if case.trained == "hydra" or case.family in FURTHER else 1
+    model = dataclasses.replace((FAMILIES | FURTHER)[case.family], **case.changes, num_layers=layers)
     config = config_of(case, batch_size=32)
     base = random_decoder(rng, model)
     adapter_key, key = jax.random.split(key)

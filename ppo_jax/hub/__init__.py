@@ -1,4 +1,4 @@
-"""Hugging Face model folders in and out: GPT-2, Llama, Qwen 2 and Qwen 3, safetensors only.
+"""Hugging Face model folders in and out: the families of `families.py`, safetensors only.
 
 `resolve` finds a folder, `load_config` and `load_params` read it, `save` writes one that transformers opens;
 `load_reward_model` and `save_reward_model` do so for a sequence classifier with one label, `load_adapter` and

@@ -1,20 +1,23 @@
 """`config.json` to `ModelConfig` and back. What a key would change and we cannot compute is an error, never ignored.
 
-Every key is one of four: it sets a field (`Family.keys`); it must have a value that we compute (`Family.only`, `ONLY`);
-it is known to change no logit (`Family.irrelevant`, `IRRELEVANT`); or it is unknown. An unknown key that is null,
-false, zero or empty is an option that is switched off; any other is refused by name.
+Every key is one of four: it sets a field (`Family.keys`, `Family.codecs`); it must have a value that we compute
+(`Family.only`, `ONLY`); it is known to change no logit (`Family.irrelevant`, `IRRELEVANT`); or it is unknown. An
+unknown key that is null, false, zero or empty is an option that is switched off; any other is refused by name.
 """
 
+import dataclasses
 import json
-import math
 import pathlib
 import reprlib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from ppo_jax.errors import InputError
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import ACTIVATIONS, FAMILIES, REQUIRED, Family, Key, Model, family_that_holds, words
+from ppo_jax.hub.families import FAMILIES
+from ppo_jax.hub.family import Family, Model
+from ppo_jax.hub.keys import ACTIVATIONS, read_key, words
 from ppo_jax.models import ModelConfig, RewardModel
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -24,8 +27,8 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys of every family, with the values that we can compute."""
 
-PER_LAYER = ("layer_types",)
-"""Keys that are lists with an item for each layer."""
+MOST_LAYERS = 10_000
+"""Beyond this a file lies, and lists that have an item for each layer are not made."""
 
 IRRELEVANT = words(
     # what the file is, and for whom
@@ -34,7 +37,7 @@ IRRELEVANT = words(
     "unsloth_fixed tokenizer_class",
     # how it is run and what is returned
     "use_cache output_hidden_states output_attentions return_dict torchscript use_bfloat16 is_decoder "
-    "gradient_checkpointing chunk_size_feed_forward",
+    "gradient_checkpointing chunk_size_feed_forward cache_implementation",
     # tokens and generation
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id task_specific_params prefix "
     "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
@@ -54,8 +57,6 @@ ONE_LABEL: Mapping[str, Any] = {
 """What makes a classification model one that gives a number. `problem_type` keeps the pipelines of transformers from
 squashing it.
 """
-
-_ROPE = ("rope_scaling", "rope_parameters")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -104,16 +105,22 @@ def read_config(raw: Mapping[str, Any], where: object, dtype: str, param_dtype: 
         HubError: a key that is missing, has a wrong type, or would change what is computed.
     """
     family = read_family(raw, where)
-    raw = _merge_rope(raw, where) if "rope_theta" in family.keys else raw
-    only = {**ONLY, **family.only}
-    check_keys(raw, only, IRRELEVANT | family.irrelevant | {key.name for key in family.keys.values()}, where)
+    known = {key.name for key in family.keys.values()}.union(*(codec.keys for codec in family.codecs))
+    check_keys(raw, {**ONLY, **family.only}, IRRELEVANT | family.irrelevant | known, where)
     fields = {field: read_key(raw, key, where) for field, key in family.keys.items()}
     if fields["mlp_width"] is None:
         fields["mlp_width"] = 4 * fields["width"]
     fields = {field: value for field, value in fields.items() if value is not None}
+    if fields["num_layers"] > MOST_LAYERS:
+        raise HubError(f"{where}: got {fields['num_layers']} layers, expected at most {MOST_LAYERS}")
     try:
-        return ModelConfig(**fields, **family.implied, dtype=dtype, param_dtype=param_dtype)
-    except ValueError as error:
+        for codec in family.codecs:
+            fields |= codec.read(raw, fields, where)
+        named = {"family": raw["model_type"], "dtype": dtype, "param_dtype": param_dtype}
+        return ModelConfig(**fields, **family.implied, **named)
+    except HubError:
+        raise
+    except InputError as error:
         raise HubError(f"{where}: {error}") from error
 
 
@@ -141,18 +148,50 @@ def write_config(model: Model, param_dtype: str, token_ids: Mapping[str, Any]) -
     Raises:
         HubError: no family can express it.
     """
-    config = model.config
-    model_type = family_that_holds(config)
-    if model_type is None:
-        raise HubError(f"save: no family of {', '.join(FAMILIES)} has files for {config}")
+    model_type = family_that_holds(model.config)
     family = FAMILIES[model_type]
-    values = {key.name: getattr(config, field) for field, key in family.keys.items()}
-    for key in family.keys.values():
-        if key.kind is str:
-            values[key.name] = ACTIVATIONS[values[key.name]][0]
     head = {"architectures": [family.architectures[type(model)]], "model_type": model_type, "torch_dtype": param_dtype}
     labels = ONE_LABEL if isinstance(model, RewardModel) else {}
-    return {**head, **values, **labels, **token_ids}
+    return {**head, **_write_fields(family, model.config), **labels, **token_ids}
+
+
+def family_that_holds(config: ModelConfig) -> str:
+    """The `model_type` whose files can express this model: that of the configuration, or else the first one.
+
+    Raises:
+        HubError: there is none, or not the one that the configuration names.
+    """
+    names = [config.family] if config.family else list(FAMILIES)
+    if config.family and config.family not in FAMILIES:
+        raise HubError(f"family {config.family!r} is not supported, only {', '.join(FAMILIES)}")
+    for model_type in names:
+        if _holds(model_type, config):
+            return model_type
+    fields = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    described = ", ".join(f"{field.name}={value!r}" for field, value in fields if value != field.default)
+    raise HubError(f"no family of {', '.join(names)} has files for a model of {described}")
+
+
+def _holds(model_type: str, config: ModelConfig) -> bool:
+    """Whether what is written of a model, read again, is that model."""
+    if config.width % config.num_heads:
+        return False  # their classes refuse it, even where head_dim is given
+    raw = {"model_type": model_type, **_write_fields(FAMILIES[model_type], config)}
+    try:
+        read = read_config(raw, "config", config.dtype, config.param_dtype)
+    except HubError:
+        return False
+    return read == dataclasses.replace(config, family=model_type, lora_scale=1.0)
+
+
+def _write_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
+    written = {key.name: getattr(config, field) for field, key in family.keys.items()}
+    for key in family.keys.values():
+        if key.kind is str:
+            written[key.name] = ACTIVATIONS[written[key.name]][0]
+    for codec in family.codecs:
+        written |= codec.write(config)
+    return written
 
 
 def check_keys(
@@ -162,7 +201,7 @@ def check_keys(
 
     Args:
         raw: a parsed configuration file.
-        only: keys with the values that we can compute; null is one of them. Of `PER_LAYER`, each item of the list.
+        only: keys with the values that we can compute; null is one of them.
         known: keys that may say anything here.
         where: path of the file, for messages.
 
@@ -171,65 +210,9 @@ def check_keys(
     """
     for name, allowed in only.items():
         value = raw.get(name)
-        items = value if name in PER_LAYER and isinstance(value, list) else [value]
-        if value is not None and any(item not in allowed for item in items):
+        if value is not None and value not in allowed:
             raise HubError(f"{where}: {name}: got {reprlib.repr(value)}, only {allowed[0]} is supported")
     unknown = [name for name, value in raw.items() if value and name not in known | only.keys()]
     if unknown:
         named = ", ".join(reprlib.repr(name) for name in unknown[:5])
         raise HubError(f"{where}: not understood: {named}; it may change what the model computes (if not, remove it)")
-
-
-def read_key(raw: Mapping[str, Any], key: Key, where: object) -> Any:
-    """One key, of the right kind; None where it is null or absent and something else decides.
-
-    Raises:
-        HubError: a value of another kind, or none where there must be one.
-    """
-    value = raw.get(key.name)
-    if value is None:
-        if key.default is REQUIRED:
-            raise HubError(f"{where}: {key.name} is missing")
-        value = key.default
-        if value is None:
-            return None
-    if key.kind is str:
-        for ours, theirs in ACTIVATIONS.items():
-            if value in theirs:
-                return ours
-        supported = ", ".join(name for theirs in ACTIVATIONS.values() for name in theirs)
-        raise HubError(f"{where}: {key.name} {reprlib.repr(value)} is not supported, only {supported}")
-    if key.kind is bool:
-        holds = isinstance(value, bool)
-    elif key.kind is int:
-        holds = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-    else:
-        holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-    if not holds:
-        expected = {bool: "true or false", int: "a positive whole number", float: "a number"}[key.kind]
-        raise HubError(f"{where}: {key.name}: got {reprlib.repr(value)}, expected {expected}")
-    return float(value) if key.kind is float else value
-
-
-def _merge_rope(raw: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Folds `rope_parameters` (transformers 5) and `rope_scaling` (4) into `rope_theta`, if they scale nothing.
-
-    Source: transformers 5.23.0 `modeling_rope_utils.py`, `convert_rope_params_to_dict`; a theta that is said twice with
-    two values is refused here, and not there.
-    """
-    merged = {name: value for name, value in raw.items() if name not in _ROPE}
-    for name in _ROPE:
-        rope = raw.get(name) or {}
-        if not isinstance(rope, dict):
-            raise HubError(f"{where}: {name}: got {reprlib.repr(rope)}, expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise HubError(f"{where}: {name} of type {reprlib.repr(kind)} is not supported, only default")
-        for inner, value in rope.items():
-            if inner in ("rope_theta", "partial_rotary_factor"):
-                if merged.get(inner) not in (None, value):
-                    raise HubError(f"{where}: {inner} is {merged[inner]!r} and, in {name}, {reprlib.repr(value)}")
-                merged[inner] = value
-            elif inner not in ("rope_type", "type") and value is not None:
-                raise HubError(f"{where}: {name}: {reprlib.repr(inner)} is not supported")
-    return merged

@@ -1,120 +1,50 @@
 """Model families: one table of names each, read in both directions, and what their `config.json` says to `ModelConfig`.
 
 A row of a table is a name in their safetensors file and a path in our tree of parameters. `{i}` runs over the layers. A
-path with `query+key+value` is their fused matrix: ours stand side by side along the last axis. Our kernels are
-`[in, out]`: torch's `Linear` stores the transpose, GPT-2's `Conv1D` the same. Rows whose parameter a model does not
-have (biases, an untied vocabulary projection, a score) drop out. Paths are those of a `Decoder`, also where it is a
-part of a `RewardModel`, and of the head beside it.
+path with `query+key+value` is their fused matrix: ours stand side by side along the last axis, or head by head. Our
+kernels are `[in, out]`: torch's `Linear` stores the transpose, GPT-2's `Conv1D` the same. Rows whose parameter a model
+does not have (biases, an untied vocabulary projection, a score) drop out. Paths are those of a `Decoder`, also where it
+is a part of a `RewardModel`, and of the head beside it.
 
-A new family is a table, a `Family` and an entry of `FAMILIES`.
+A new family is a table, a `Family` and an entry of `FAMILIES`. Source: transformers 5.23.0, `configuration_*.py` and
+`modeling_*.py` of each.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-from ppo_jax.models import Decoder, ModelConfig, RewardModel
-
-Model = Decoder | RewardModel
-"""What a folder can hold: a causal language model, or a sequence classifier with one label."""
-
-HEADS = ("lm_head.", "score.")
-"""What the names of heads start with: they carry no prefix."""
-
-REQUIRED = object()
-"""Default of a config key that has none."""
-
-
-class Row(NamedTuple):
-    """One tensor: its name in the file, its path in our tree, and whether the file holds the transpose."""
-
-    theirs: str
-    ours: str
-    transposed: bool = False
-
-    def parts(self) -> tuple[str, ...]:
-        """Our paths: one, or several that lie side by side in their tensor."""
-        fused = next((segment for segment in self.ours.split("/") if "+" in segment), "")
-        return tuple(self.ours.replace(fused, name) for name in fused.split("+")) if fused else (self.ours,)
-
-
-class Key(NamedTuple):
-    """A key of `config.json` that a field of `ModelConfig` comes from."""
-
-    name: str
-    kind: type = int  # int, float, bool, or str for an activation
-    default: Any = REQUIRED
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What is particular to one `model_type`.
-
-    Attributes:
-        architectures: the class of transformers that opens each of our models.
-        prefix: what their tensor names start with, where a file without the vocabulary projection may leave it out.
-        rows: the table of names.
-        ignored: regular expressions of tensors that are no parameters: masks and frequencies, recomputed by everybody.
-        keys: field of `ModelConfig` -> key of `config.json`.
-        implied: fields of `ModelConfig` that every model of the family has, and that no key says.
-        only: keys with the values that we can compute; any other value is an error.
-        irrelevant: keys that change nothing in the logits (dropout: training here uses none).
-    """
-
-    architectures: Mapping[type, str]
-    prefix: str
-    rows: tuple[Row, ...]
-    ignored: tuple[str, ...]
-    keys: Mapping[str, Key]
-    implied: Mapping[str, Any]
-    only: Mapping[str, tuple[Any, ...]]
-    irrelevant: frozenset[str]
-
-
-def words(*lines: str) -> frozenset[str]:
-    """All words of some lines."""
-    return frozenset(" ".join(lines).split())
-
-
-def _embedding(theirs: str, ours: str) -> tuple[Row, ...]:
-    return (Row(f"{theirs}.weight", f"{ours}/embedding"),)
-
-
-def _norm(theirs: str, ours: str) -> tuple[Row, ...]:
-    return Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")
-
-
-def _linear(theirs: str, ours: str) -> tuple[Row, ...]:
-    return Row(f"{theirs}.weight", f"{ours}/kernel", transposed=True), Row(f"{theirs}.bias", f"{ours}/bias")
-
-
-def _conv1d(theirs: str, ours: str) -> tuple[Row, ...]:
-    return Row(f"{theirs}.weight", f"{ours}/kernel"), Row(f"{theirs}.bias", f"{ours}/bias")
-
-
-ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
-    "gelu": ("gelu", "gelu_python"),
-    "silu": ("silu", "swish"),
-    "relu": ("relu",),
-}
-"""Our activation -> theirs that are the same function; the first one is written."""
+from ppo_jax.hub.codecs import (
+    UNROTATED,
+    Fields,
+    Raw,
+    gemma_activation,
+    nullable,
+    query_scalar,
+    read_count,
+    same_as_width,
+    same_window,
+    some_windows,
+)
+from ppo_jax.hub.family import Family, conv1d, embedding, linear, norm, without
+from ppo_jax.hub.keys import Key, words
+from ppo_jax.hub.rope import rope_codec
+from ppo_jax.models import Decoder, RewardModel
 
 GPT2 = Family(
     architectures={Decoder: "GPT2LMHeadModel", RewardModel: "GPT2ForSequenceClassification"},
     prefix="transformer.",
     rows=(
-        *_embedding("transformer.wte", "embed"),
-        *_embedding("transformer.wpe", "positions"),
-        *_norm("transformer.h.{i}.ln_1", "layer_{i}/attention_norm"),
-        *_conv1d("transformer.h.{i}.attn.c_attn", "layer_{i}/attention/query+key+value"),
-        *_conv1d("transformer.h.{i}.attn.c_proj", "layer_{i}/attention/output"),
-        *_norm("transformer.h.{i}.ln_2", "layer_{i}/mlp_norm"),
-        *_conv1d("transformer.h.{i}.mlp.c_fc", "layer_{i}/mlp/up"),
-        *_conv1d("transformer.h.{i}.mlp.c_proj", "layer_{i}/mlp/down"),
-        *_norm("transformer.ln_f", "final_norm"),
-        *_linear("lm_head", "lm_head"),
-        *_linear("score", "score_head"),
+        *embedding("transformer.wte", "embed"),
+        *embedding("transformer.wpe", "positions"),
+        *norm("transformer.h.{i}.ln_1", "layer_{i}/attention_norm"),
+        *conv1d("transformer.h.{i}.attn.c_attn", "layer_{i}/attention/query+key+value"),
+        *conv1d("transformer.h.{i}.attn.c_proj", "layer_{i}/attention/output"),
+        *norm("transformer.h.{i}.ln_2", "layer_{i}/mlp_norm"),
+        *conv1d("transformer.h.{i}.mlp.c_fc", "layer_{i}/mlp/up"),
+        *conv1d("transformer.h.{i}.mlp.c_proj", "layer_{i}/mlp/down"),
+        *norm("transformer.ln_f", "final_norm"),
+        *linear("lm_head", "lm_head"),
+        *linear("score", "score_head"),
     ),
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
     keys={
@@ -129,13 +59,12 @@ GPT2 = Family(
         "tie_embeddings": Key("tie_word_embeddings", bool, True),
         "init_std": Key("initializer_range", float, 0.02),
     },
+    codecs=(),
     implied={
         "positions": "learned",
         "norm": "layernorm",
         "gated_mlp": False,
         "attention_bias": True,
-        "attention_output_bias": True,
-        "qk_norm": False,
         "mlp_bias": True,
     },
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
@@ -150,19 +79,19 @@ LLAMA = Family(
     architectures={Decoder: "LlamaForCausalLM", RewardModel: "LlamaForSequenceClassification"},
     prefix="model.",
     rows=(
-        *_embedding("model.embed_tokens", "embed"),
-        *_norm("model.layers.{i}.input_layernorm", "layer_{i}/attention_norm"),
-        *_linear("model.layers.{i}.self_attn.q_proj", "layer_{i}/attention/query"),
-        *_linear("model.layers.{i}.self_attn.k_proj", "layer_{i}/attention/key"),
-        *_linear("model.layers.{i}.self_attn.v_proj", "layer_{i}/attention/value"),
-        *_linear("model.layers.{i}.self_attn.o_proj", "layer_{i}/attention/output"),
-        *_norm("model.layers.{i}.post_attention_layernorm", "layer_{i}/mlp_norm"),
-        *_linear("model.layers.{i}.mlp.gate_proj", "layer_{i}/mlp/gate"),
-        *_linear("model.layers.{i}.mlp.up_proj", "layer_{i}/mlp/up"),
-        *_linear("model.layers.{i}.mlp.down_proj", "layer_{i}/mlp/down"),
-        *_norm("model.norm", "final_norm"),
-        *_linear("lm_head", "lm_head"),
-        *_linear("score", "score_head"),
+        *embedding("model.embed_tokens", "embed"),
+        *norm("model.layers.{i}.input_layernorm", "layer_{i}/attention_norm"),
+        *linear("model.layers.{i}.self_attn.q_proj", "layer_{i}/attention/query"),
+        *linear("model.layers.{i}.self_attn.k_proj", "layer_{i}/attention/key"),
+        *linear("model.layers.{i}.self_attn.v_proj", "layer_{i}/attention/value"),
+        *linear("model.layers.{i}.self_attn.o_proj", "layer_{i}/attention/output"),
+        *norm("model.layers.{i}.post_attention_layernorm", "layer_{i}/mlp_norm"),
+        *linear("model.layers.{i}.mlp.gate_proj", "layer_{i}/mlp/gate"),
+        *linear("model.layers.{i}.mlp.up_proj", "layer_{i}/mlp/up"),
+        *linear("model.layers.{i}.mlp.down_proj", "layer_{i}/mlp/down"),
+        *norm("model.norm", "final_norm"),
+        *linear("lm_head", "lm_head"),
+        *linear("score", "score_head"),
     ),
     ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
     keys={
@@ -178,59 +107,272 @@ LLAMA = Family(
         "activation": Key("hidden_act", str, "silu"),
         "attention_bias": Key("attention_bias", bool, False),
         "mlp_bias": Key("mlp_bias", bool, False),
-        "rope_theta": Key("rope_theta", float, 10_000.0),
         "tie_embeddings": Key("tie_word_embeddings", bool, False),
         "init_std": Key("initializer_range", float, 0.02),
     },
-    implied={
-        "positions": "rotary",
-        "norm": "rmsnorm",
-        "gated_mlp": True,
-        "attention_output_bias": True,
-        "qk_norm": False,
-    },
-    only={"pretraining_tp": (1,), "rope_interleaved": (False,), "partial_rotary_factor": (1,)},
+    codecs=(rope_codec(),),
+    implied={},
+    only={"pretraining_tp": (1,), "rope_interleaved": (False,)},
     irrelevant=words("attention_dropout is_llama_config"),
 )
 
-_QWEN_ONLY = {"use_sliding_window": (False,), "layer_types": ("full_attention",), "partial_rotary_factor": (1,)}
-_QWEN_IRRELEVANT = words("attention_dropout sliding_window max_window_layers")  # without use_sliding_window
+_QK_NORMS = (
+    *norm("model.layers.{i}.self_attn.q_norm", "layer_{i}/attention/query_norm"),
+    *norm("model.layers.{i}.self_attn.k_norm", "layer_{i}/attention/key_norm"),
+)
+_NO_BIASES = {field: key for field, key in LLAMA.keys.items() if field not in ("attention_bias", "mlp_bias")}
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "MistralForCausalLM", RewardModel: "MistralForSequenceClassification"},
+    keys=_NO_BIASES,
+    codecs=(same_window(absent=4096), rope_codec()),
+    only={},
+    irrelevant=words("attention_dropout"),
+)
+
+
+def _qwen_window(raw: Raw, fields: Fields, layer: int) -> bool:
+    return layer >= read_count(raw, "max_window_layers", 28)
+
+
+_QWEN_CODECS = (some_windows(_qwen_window, "max_window_layers", switch=True, absent=4096), rope_codec())
 
 QWEN2 = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "Qwen2ForCausalLM", RewardModel: "Qwen2ForSequenceClassification"},
-    keys={field: key for field, key in LLAMA.keys.items() if field not in ("attention_bias", "mlp_bias")},
-    implied={**LLAMA.implied, "attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
-    only=_QWEN_ONLY,
-    irrelevant=_QWEN_IRRELEVANT,
+    keys=_NO_BIASES,
+    codecs=_QWEN_CODECS,
+    implied={"attention_bias": True, "attention_output_bias": False},
+    only={},
+    irrelevant=words("attention_dropout"),
 )
 
 QWEN3 = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceClassification"},
-    rows=(
-        *LLAMA.rows,
-        *_norm("model.layers.{i}.self_attn.q_norm", "layer_{i}/attention/query_norm"),
-        *_norm("model.layers.{i}.self_attn.k_norm", "layer_{i}/attention/key_norm"),
-    ),
-    keys={field: key for field, key in LLAMA.keys.items() if field != "mlp_bias"}
-    | {"head_dim": Key("head_dim", default=128)},
-    implied={**LLAMA.implied, "qk_norm": True, "mlp_bias": False},
-    only=_QWEN_ONLY,
-    irrelevant=_QWEN_IRRELEVANT,
+    rows=(*LLAMA.rows, *_QK_NORMS),
+    keys={
+        **_NO_BIASES,
+        "attention_bias": Key("attention_bias", bool, False),
+        "head_dim": Key("head_dim", default=128),
+    },
+    codecs=_QWEN_CODECS,
+    implied={"qk_norm": "head"},
+    only={},
+    irrelevant=words("attention_dropout"),
 )
 
-FAMILIES: Mapping[str, Family] = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "SmolLM3ForCausalLM", RewardModel: "SmolLM3ForSequenceClassification"},
+    keys={
+        **LLAMA.keys,
+        "num_kv_heads": Key("num_key_value_heads", default=4),
+        "tie_embeddings": Key("tie_word_embeddings", bool, True),
+    },
+    codecs=(
+        UNROTATED,
+        some_windows(lambda raw, fields, layer: layer in fields["unrotated_layers"], switch=True, absent=None),
+        rope_codec(theta=2_000_000.0),
+    ),
+    only={},
+    irrelevant=words("attention_dropout pretraining_tp max_window_layers"),
+)
+
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "Olmo2ForCausalLM", RewardModel: "Olmo2ForSequenceClassification"},
+    rows=(
+        *without(LLAMA.rows, "attention_norm", "mlp_norm"),
+        *norm("model.layers.{i}.post_attention_layernorm", "layer_{i}/attention_post_norm"),
+        *norm("model.layers.{i}.post_feedforward_layernorm", "layer_{i}/mlp_post_norm"),
+        *_QK_NORMS,
+    ),
+    keys={
+        **_NO_BIASES,
+        "attention_bias": Key("attention_bias", bool, False),
+        "norm_eps": Key("rms_norm_eps", float, 1e-5),
+    },
+    implied={"norm_placement": "after", "qk_norm": "projection"},
+    only={},
+    irrelevant=words("attention_dropout"),
+)
+
+PHI3 = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "Phi3ForCausalLM", RewardModel: "Phi3ForSequenceClassification"},
+    rows=(
+        *without(LLAMA.rows, "query", "key", "value", "gate", "up"),
+        *linear("model.layers.{i}.self_attn.qkv_proj", "layer_{i}/attention/query+key+value"),
+        *linear("model.layers.{i}.mlp.gate_up_proj", "layer_{i}/mlp/gate+up"),
+    ),
+    keys={**_NO_BIASES, "norm_eps": Key("rms_norm_eps", float, 1e-5)},
+    codecs=(
+        same_window(absent=None),
+        rope_codec(
+            partial=("partial_rotary_factor", 1.0),
+            kinds={"longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+            original=4096,
+        ),
+    ),
+    only={"full_attn_mod": (1,), "interpolate_factor": (1,)},
+    # What `auto_map` names is code of the repository, which nobody runs here.
+    irrelevant=words("attention_dropout embd_pdrop resid_pdrop auto_map"),
+)
+
+GEMMA = dataclasses.replace(
+    LLAMA,
+    architectures={Decoder: "GemmaForCausalLM", RewardModel: "GemmaForSequenceClassification"},
+    keys={
+        **{field: key for field, key in _NO_BIASES.items() if field != "activation"},
+        "num_kv_heads": Key("num_key_value_heads", default=16),
+        "head_dim": Key("head_dim", default=256),
+        "attention_bias": Key("attention_bias", bool, False),
+        "tie_embeddings": Key("tie_word_embeddings", bool, True),
+    },
+    codecs=(gemma_activation("hidden_act", gelu_has_tanh=True), rope_codec()),
+    implied={"norm_unit_offset": True, "embed_scale": True},
+    only={"use_bidirectional_attention": (False,)},
+    irrelevant=words("attention_dropout hidden_activation"),
+)
+
+GEMMA2 = dataclasses.replace(
+    GEMMA,
+    architectures={Decoder: "Gemma2ForCausalLM", RewardModel: "Gemma2ForSequenceClassification"},
+    rows=(
+        *without(LLAMA.rows, "mlp_norm"),
+        *norm("model.layers.{i}.post_attention_layernorm", "layer_{i}/attention_post_norm"),
+        *norm("model.layers.{i}.pre_feedforward_layernorm", "layer_{i}/mlp_norm"),
+        *norm("model.layers.{i}.post_feedforward_layernorm", "layer_{i}/mlp_post_norm"),
+    ),
+    keys={
+        **GEMMA.keys,
+        "num_kv_heads": Key("num_key_value_heads", default=4),
+    },
+    codecs=(
+        gemma_activation("hidden_activation"),
+        query_scalar(absent=256),
+        nullable("attention_softcap", "attn_logit_softcapping", float, absent=50.0),
+        nullable("final_softcap", "final_logit_softcapping", float, absent=30.0),
+        some_windows(lambda raw, fields, layer: layer % 2 == 0, switch=False, absent=4096),
+        rope_codec(),
+    ),
+    implied={**GEMMA.implied, "norm_placement": "both"},
+    irrelevant=words("attention_dropout hidden_act"),  # an old copy of hidden_activation
+)
+
+
+def _gemma3_window(raw: Raw, fields: Fields, layer: int) -> bool:
+    return (layer + 1) % read_count(raw, "sliding_window_pattern", 6, least=1) != 0
+
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    architectures={Decoder: "Gemma3ForCausalLM", RewardModel: "Gemma3TextForSequenceClassification"},
+    rows=(*GEMMA2.rows, *_QK_NORMS),
+    codecs=(
+        gemma_activation("hidden_activation"),
+        query_scalar(absent=256),
+        nullable("attention_softcap", "attn_logit_softcapping", float, absent=None),
+        nullable("final_softcap", "final_logit_softcapping", float, absent=None),
+        some_windows(_gemma3_window, "sliding_window_pattern", switch=False, absent=4096),
+        rope_codec(theta=1_000_000.0, local_theta=10_000.0),
+    ),
+    implied={**GEMMA2.implied, "qk_norm": "head"},
+    irrelevant=words("attention_dropout _sliding_window_pattern"),
+)
+
+GPT_NEOX = Family(
+    architectures={Decoder: "GPTNeoXForCausalLM", RewardModel: "GPTNeoXForSequenceClassification"},
+    prefix="gpt_neox.",
+    rows=(
+        *embedding("gpt_neox.embed_in", "embed"),
+        *norm("gpt_neox.layers.{i}.input_layernorm", "layer_{i}/attention_norm"),
+        *linear("gpt_neox.layers.{i}.attention.query_key_value", "layer_{i}/attention/query+key+value", by_head=True),
+        *linear("gpt_neox.layers.{i}.attention.dense", "layer_{i}/attention/output"),
+        *norm("gpt_neox.layers.{i}.post_attention_layernorm", "layer_{i}/mlp_norm"),
+        *linear("gpt_neox.layers.{i}.mlp.dense_h_to_4h", "layer_{i}/mlp/up"),
+        *linear("gpt_neox.layers.{i}.mlp.dense_4h_to_h", "layer_{i}/mlp/down"),
+        *norm("gpt_neox.final_layer_norm", "final_norm"),
+        *linear("embed_out", "lm_head"),
+        *linear("score", "score_head"),
+    ),
+    ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    keys={
+        "vocab_size": Key("vocab_size"),
+        "num_layers": Key("num_hidden_layers"),
+        "num_heads": Key("num_attention_heads"),
+        "width": Key("hidden_size"),
+        "mlp_width": Key("intermediate_size"),
+        "max_positions": Key("max_position_embeddings"),
+        "norm_eps": Key("layer_norm_eps", float, 1e-5),
+        "activation": Key("hidden_act", str, "gelu"),
+        "attention_bias": Key("attention_bias", bool, True),
+        "parallel_residual": Key("use_parallel_residual", bool, True),
+        "tie_embeddings": Key("tie_word_embeddings", bool, False),
+        "init_std": Key("initializer_range", float, 0.02),
+    },
+    codecs=(rope_codec(theta_key="rotary_emb_base", partial=("rotary_pct", 0.25)),),
+    implied={"norm": "layernorm", "gated_mlp": False, "mlp_bias": True},
+    only={},
+    irrelevant=words("attention_dropout hidden_dropout classifier_dropout"),
+)
+
+OPT = Family(
+    architectures={Decoder: "OPTForCausalLM", RewardModel: "OPTForSequenceClassification"},
+    prefix="model.",
+    rows=(
+        *embedding("model.decoder.embed_tokens", "embed"),
+        *embedding("model.decoder.embed_positions", "positions"),
+        *norm("model.decoder.layers.{i}.self_attn_layer_norm", "layer_{i}/attention_norm"),
+        *linear("model.decoder.layers.{i}.self_attn.q_proj", "layer_{i}/attention/query"),
+        *linear("model.decoder.layers.{i}.self_attn.k_proj", "layer_{i}/attention/key"),
+        *linear("model.decoder.layers.{i}.self_attn.v_proj", "layer_{i}/attention/value"),
+        *linear("model.decoder.layers.{i}.self_attn.out_proj", "layer_{i}/attention/output"),
+        *norm("model.decoder.layers.{i}.final_layer_norm", "layer_{i}/mlp_norm"),
+        *linear("model.decoder.layers.{i}.fc1", "layer_{i}/mlp/up"),
+        *linear("model.decoder.layers.{i}.fc2", "layer_{i}/mlp/down"),
+        *norm("model.decoder.final_layer_norm", "final_norm"),
+        *linear("lm_head", "lm_head"),
+        *linear("score", "score_head"),
+    ),
+    ignored=(),
+    keys={
+        "vocab_size": Key("vocab_size"),
+        "num_layers": Key("num_hidden_layers"),
+        "num_heads": Key("num_attention_heads"),
+        "width": Key("hidden_size"),
+        "mlp_width": Key("ffn_dim"),
+        "max_positions": Key("max_position_embeddings"),
+        "activation": Key("activation_function", str, "relu"),
+        "tie_embeddings": Key("tie_word_embeddings", bool, True),
+        "init_std": Key("init_std", float, 0.02),
+    },
+    codecs=(same_as_width("word_embed_proj_dim"),),
+    implied={**GPT2.implied, "position_offset": 2},
+    only={
+        "do_layer_norm_before": (True,),  # 350m has its norms after the sum
+        "_remove_final_layer_norm": (False,),
+        "enable_bias": (True,),
+        "layer_norm_elementwise_affine": (True,),
+    },
+    irrelevant=words("dropout attention_dropout activation_dropout layerdrop"),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gpt_neox": GPT_NEOX,
+    "opt": OPT,
+}
 """`model_type` of `config.json` -> family."""
-
-
-def family_that_holds(config: ModelConfig) -> str | None:
-    """The first `model_type` whose files can express this model, or None."""
-    if config.width % config.num_heads:
-        return None  # their classes refuse it, even where head_dim is given
-    derived = {"num_kv_heads": config.num_heads, "head_dim": config.width // config.num_heads}
-    for model_type, family in FAMILIES.items():
-        unsaid = {field: value for field, value in derived.items() if field not in family.keys}
-        if all(getattr(config, field) == value for field, value in {**family.implied, **unsaid}.items()):
-            return model_type
-    return None

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import Family, Model
+from ppo_jax.hub.family import Family, Model
 from ppo_jax.hub.tensors import listed
 from ppo_jax.models import RewardModel
 from ppo_jax.types import Params
@@ -20,16 +20,31 @@ class Tensor(NamedTuple):
     """A tensor in a file, and where it belongs."""
 
     name: str
-    paths: tuple[str, ...]  # of our parameters, side by side along the last axis
+    paths: tuple[str, ...]  # of our parameters, which share the last axis
     transposed: bool
     shape: tuple[int, ...]  # in our orientation, all parts together
     cuts: tuple[int, ...]  # where one part ends and the next begins
     dtype: np.dtype  # of our parameters
+    heads: int = 0  # parts of equal size stand head by head; 0: side by side
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the file."""
         return self.shape[::-1] if self.transposed else self.shape
+
+    def split(self, array: np.ndarray) -> list[np.ndarray]:
+        """The parts of an array whose last axis is that of the tensor in our orientation."""
+        if not self.heads:
+            return np.split(array, self.cuts, axis=-1)
+        by_head = array.reshape(*array.shape[:-1], self.heads, len(self.paths), -1)
+        return [by_head[..., i, :].reshape(*array.shape[:-1], -1) for i in range(len(self.paths))]
+
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The array that `split` takes apart."""
+        if not self.heads:
+            return np.concatenate(parts, axis=-1)
+        by_head = [part.reshape(*part.shape[:-1], self.heads, -1) for part in parts]
+        return np.stack(by_head, axis=-2).reshape(*parts[0].shape[:-1], -1)
 
 
 def flatten(tree: Params) -> dict[str, Any]:
@@ -81,4 +96,6 @@ def _rows_present(family: Family, model: Model, shapes: Mapping[str, jax.ShapeDt
             if all(path in shapes for path in paths):
                 first, ends = shapes[paths[0]], np.cumsum([shapes[path].shape[-1] for path in paths]).tolist()
                 shape = (*first.shape[:-1], ends[-1])
-                yield Tensor(row.theirs.format(i=i), paths, row.transposed, shape, tuple(ends[:-1]), first.dtype)
+                heads = model.config.num_heads if row.by_head else 0
+                name = row.theirs.format(i=i)
+                yield Tensor(name, paths, row.transposed, shape, tuple(ends[:-1]), first.dtype, heads)

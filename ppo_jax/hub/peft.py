@@ -1,8 +1,8 @@
 """Adapter folders in and out, as PEFT writes and opens them: `adapter_config.json`, `adapter_model.safetensors`.
 
 An adapter in such a file belongs to one of torch's modules. Where that is several of our projections (GPT-2's `c_attn`
-is query, key and value), their A's are stacked and their B's stand in the blocks of a diagonal, and the file says the
-greater rank and alpha of that module: the same function, to the bit.
+is query, key and value), their A's are stacked, each B has columns of its own, zero in the rows of the others' A's, and
+the file says the greater rank and alpha of that module: the same function, to the bit.
 
 Source: huggingface/peft 0.21.2 `src/peft/tuners/lora/` and `src/peft/utils/save_and_load.py`.
 """
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppo_jax.errors import InputError
-from ppo_jax.hub.configs import check_keys, read_json, read_key
+from ppo_jax.hub.configs import check_keys, family_that_holds, read_json
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import FAMILIES, Key, family_that_holds, words
+from ppo_jax.hub.families import FAMILIES
+from ppo_jax.hub.keys import Key, read_key, words
 from ppo_jax.hub.layout import Tensor, file_layout, flatten
 from ppo_jax.hub.reading import Source, existing, put, read_array
 from ppo_jax.hub.tensors import Writable, listed, open_weights, write_weights
@@ -67,7 +68,7 @@ class _Module(NamedTuple):
     paths: tuple[str, ...]
     num_in: int
     nums_out: tuple[int, ...]
-    transposed: bool  # its weight is [out, in], as torch's Linear has it
+    weight: Tensor
 
 
 def save_adapter(
@@ -147,17 +148,14 @@ def load_adapter(folder: str | pathlib.Path, model: ModelConfig) -> tuple[LoRACo
 
 def _modules(model: ModelConfig) -> list[_Module]:
     """The linear layers within the layers, in the order of the files."""
-    model_type = family_that_holds(model)
-    if model_type is None:
-        raise HubError(f"adapter: no family of {', '.join(FAMILIES)} has files for {model}")
-    layout = file_layout(FAMILIES[model_type], Decoder(model), where="adapter")
+    layout = file_layout(FAMILIES[family_that_holds(model)], Decoder(model), where="adapter")
     return [_module(tensor) for tensor in layout if re.match(r"layer_\d+/.*/kernel$", tensor.paths[0])]
 
 
 def _module(tensor: Tensor) -> _Module:
     paths = tuple(path.removesuffix("/kernel") for path in tensor.paths)
     nums_out = np.diff([0, *tensor.cuts, tensor.shape[1]]).tolist()
-    return _Module(tensor.name.removesuffix(".weight"), paths, tensor.shape[0], tuple(nums_out), tensor.transposed)
+    return _Module(tensor.name.removesuffix(".weight"), paths, tensor.shape[0], tuple(nums_out), tensor)
 
 
 def _selection(chosen: Iterable[str], universe: Iterable[str], separator: str) -> list[str]:
@@ -217,21 +215,21 @@ def _part(flat: Mapping[str, Any], module: _Module, i: int, kinds: Iterable[str]
 
 
 def _joined(module: _Module, parts: list[dict[str, np.ndarray]], rank: int) -> dict[str, np.ndarray]:
-    """A's stacked, B's in the blocks of a diagonal, magnitudes side by side. A projection without has zeros."""
+    """A's stacked, B's beside each other in rows of their own, magnitudes likewise. A projection without has zeros."""
     pairs = [
         (part["lora_a"], part["lora_b"])
         if part
         else (np.zeros((module.num_in, rank), np.float32), np.zeros((rank, num_out), np.float32))
         for part, num_out in zip(parts, module.nums_out, strict=True)
     ]
-    diagonal = np.zeros((sum(module.nums_out), sum(len(b) for _, b in pairs)), np.float32)
-    row = column = 0
-    for _, b in pairs:
-        diagonal[row : row + b.shape[1], column : column + len(b)] = b.T
-        row, column = row + b.shape[1], column + len(b)
-    arrays = {"lora_A.weight": np.concatenate([a.T for a, _ in pairs]), "lora_B.weight": diagonal}
+    ends = np.cumsum([len(b) for _, b in pairs])
+    columns = [np.pad(b, ((end - len(b), ends[-1] - end), (0, 0))) for (_, b), end in zip(pairs, ends, strict=True)]
+    arrays = {
+        "lora_A.weight": np.concatenate([a.T for a, _ in pairs]),
+        "lora_B.weight": np.ascontiguousarray(module.weight.join(columns).T),
+    }
     if all("lora_magnitude" in part for part in parts):
-        arrays["lora_magnitude_vector"] = np.concatenate([part["lora_magnitude"] for part in parts])
+        arrays["lora_magnitude_vector"] = module.weight.join([part["lora_magnitude"] for part in parts])
     return arrays
 
 
@@ -258,7 +256,7 @@ def _write_config(config: LoRAConfig, base: str, ranks: Mapping[str, int], modul
         "bias": "none",
         "use_rslora": config.rslora,
         "use_dora": config.dora,
-        "fan_in_fan_out": not modules[0].transposed,  # GPT-2's Conv1D
+        "fan_in_fan_out": not modules[0].weight.transposed,  # GPT-2's Conv1D
         "target_modules": _selection(ranks, (module.name for module in modules), "."),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
@@ -334,9 +332,9 @@ def _read_module(
         b = (b.astype(np.float64) * ratio).astype(np.float32)
     if not np.isfinite(b).all():
         raise HubError(f"{where}: {names['lora_B.weight']}: values that are not finite numbers, with their alpha")
-    cuts = np.cumsum(module.nums_out)[:-1]
-    magnitudes = np.split(magnitude[0], cuts) if magnitude else []
-    for i, (path, (one_a, one_b)) in enumerate(zip(module.paths, _split(a, b, cuts, config.rank), strict=True)):
+    magnitudes = module.weight.split(magnitude[0]) if magnitude else []
+    pairs = _split(a, module.weight.split(b), config.rank)
+    for i, (path, (one_a, one_b)) in enumerate(zip(module.paths, pairs, strict=True)):
         if len(module.paths) > 1 and not (magnitudes or one_a.any() or one_b.any()):
             continue  # the zeros that `_joined` put where a projection has no adapter
         put(adapter, f"{path}/lora_a", np.ascontiguousarray(one_a))
@@ -345,12 +343,12 @@ def _read_module(
             put(adapter, f"{path}/lora_magnitude", np.ascontiguousarray(magnitudes[i]))
 
 
-def _split(a: np.ndarray, b: np.ndarray, cuts: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _split(a: np.ndarray, columns: list[np.ndarray], rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(A, B) of each projection: its block, where the file is one of `_joined`; else all of A with its columns of B."""
-    columns = np.split(b, cuts, axis=1)
     rows = [slice(i * rank, (i + 1) * rank) for i in range(len(columns))]
     inside = sum(np.count_nonzero(part[row]) for part, row in zip(columns, rows, strict=True))
-    if len(b) == rank * len(columns) and np.count_nonzero(b) == inside:
+    every = sum(map(np.count_nonzero, columns))
+    if a.shape[1] == rank * len(columns) and every == inside:
         return [(a[:, row], part[row]) for part, row in zip(columns, rows, strict=True)]
     return [(a, part) for part in columns]
 

@@ -1,17 +1,18 @@
 """Model folders in: find one, read its configuration, read its weights."""
 
 import dataclasses
+import math
 import pathlib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppo_jax.hub import configs
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import HEADS, Family, Model
+from ppo_jax.hub.family import Family, Model
 from ppo_jax.hub.layout import Tensor, file_layout
 from ppo_jax.hub.tensors import listed, open_weights
 from ppo_jax.models import Decoder, ModelConfig, RewardModel
@@ -34,6 +35,11 @@ _DOWNLOADED = [
     "adapter_model.safetensors",
 ]
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_PIECE = 2**22
+"""Bytes of a tensor that are read at a time."""
+
+Place = Callable[[str, np.ndarray], Any]
+"""(path of a parameter, the array) -> what is kept of it."""
 
 
 def resolve(model: str) -> pathlib.Path:
@@ -108,21 +114,23 @@ def load_pad_id(folder: str | pathlib.Path) -> int | None:
     return pad_id
 
 
-def load_params(folder: str | pathlib.Path, config: ModelConfig) -> Params:
+def load_params(folder: str | pathlib.Path, config: ModelConfig, place: Place | None = None) -> Params:
     """Reads the weights of a causal language model, one tensor at a time.
 
     Args:
         folder: a Hugging Face model folder with `model.safetensors`, or several such files and their index.
         config: from `load_config`; its `param_dtype` is what the weights are cast to.
+        place: what becomes of each array as soon as it is read, by its path and itself, such as
+            `ppo_jax.sharding.make_place`, by which the host holds one tensor at a time; None: they stay as they are.
 
     Returns:
-        The parameters of a `Decoder`: nested dictionaries of numpy arrays.
+        The parameters of a `Decoder`: nested dictionaries of numpy arrays, or of what `place` makes of them.
 
     Raises:
         HubError: pickles only; a damaged file; a tensor that is missing, surplus, of another shape, or not of finite
             floats; a sequence classifier.
     """
-    return _read_params(existing(folder), Decoder(config))
+    return _read_params(existing(folder), Decoder(config), place)
 
 
 def load_reward_model(
@@ -131,7 +139,7 @@ def load_reward_model(
     """Reads a sequence-classification model with one label, as a reward model; its pad id is read by `load_pad_id`.
 
     Args:
-        folder: of `GPT2ForSequenceClassification`, `LlamaForSequenceClassification`, or from `save_reward_model`.
+        folder: of `LlamaForSequenceClassification` or its like of another family, or from `save_reward_model`.
         dtype: as `load_config`.
         param_dtype: as `load_config`; the score head is float32 in any case.
 
@@ -150,22 +158,23 @@ def load_reward_model(
     return config, _read_params(folder, RewardModel(config))
 
 
-def _read_params(folder: pathlib.Path, model: Model) -> Params:
+def _read_params(folder: pathlib.Path, model: Model, place: Place | None = None) -> Params:
     family = configs.read_family(configs.read_json(folder / "config.json"), folder / "config.json")
     params: dict[str, Any] = {}
     with open_weights(folder) as holders:
         named = _by_full_name(family, holders, folder)
         _check_kind(model, named, folder)
         tied = isinstance(model, Decoder) and model.config.tie_embeddings
-        copy = named.pop("lm_head.weight", None) if tied else None
+        copy = named.pop(family.head("lm_head"), None) if tied else None
+        place = place or (lambda path, array: array)
         layout = file_layout(family, model, where=folder, limit=len(named))
         _check_names(family.architectures[type(model)], named, layout, folder)
         for tensor in layout:
             array = read_array(named[tensor.name], tensor, folder)
-            for path, part in zip(tensor.paths, np.split(array, tensor.cuts, axis=-1), strict=True):
-                put(params, path, np.ascontiguousarray(part))
-        if copy is not None:
-            _check_tie(copy, params["embed"]["embedding"], folder)
+            if copy is not None and "embed/embedding" in tensor.paths:
+                _check_tie(copy, array, folder)
+            for path, part in zip(tensor.paths, tensor.split(array), strict=True):
+                put(params, path, place(path, np.ascontiguousarray(part)))
     return params
 
 
@@ -192,7 +201,7 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: str, leaf: Any) -> None:
     """Puts a leaf into nested dictionaries, at a path with slashes."""
     *parents, last = path.split("/")
     for parent in parents:
@@ -203,8 +212,9 @@ def put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
 def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> dict[str, Source]:
     """A model's tensors, with the family's prefix where a file leaves it out, and without those that are ignored."""
     named: dict[str, Source] = {}
+    known = (family.prefix, *(family.head(ours).removesuffix("weight") for ours in ("lm_head", "score_head")))
     for name, holder in holders.items():
-        full = name if name.startswith((family.prefix, *HEADS)) else family.prefix + name
+        full = name if name.startswith(known) else family.prefix + name
         if full in named:
             raise HubError(f"{where}: {full!r} is there twice, with and without {family.prefix!r}")
         if not any(re.fullmatch(pattern, full) for pattern in family.ignored):
@@ -214,7 +224,7 @@ def _by_full_name(family: Family, holders: Mapping[str, Any], where: object) -> 
 
 def _check_kind(model: Model, named: Mapping[str, Source], where: object) -> None:
     """A folder of another kind than the one that was asked for is told so, before its tensors are compared."""
-    score = named.get("score.weight")
+    score = named.get("score.weight")  # so called in every family
     if isinstance(model, Decoder) and score:
         raise HubError(f"{where}: a sequence classifier (score.weight is there), expected a causal language model")
     if isinstance(model, RewardModel) and not score:
@@ -235,9 +245,9 @@ def _check_names(architecture: str, named: Mapping[str, Any], layout: Sequence[T
 
 def _check_tie(source: Source, embedding: np.ndarray, where: object) -> None:
     """A vocabulary projection that is stored although it is tied must be the embedding: one of two would be lost."""
-    tensor = Tensor("lm_head.weight", (), False, embedding.shape, (), embedding.dtype)
-    if not np.array_equal(read_array(source, tensor, where), embedding):
-        raise HubError(f"{where}: lm_head.weight is not the embedding, although tie_word_embeddings is true")
+    tensor = Tensor(source.name, (), False, embedding.shape, (), embedding.dtype)
+    if not all(np.array_equal(piece, embedding[rows]) for rows, piece in _pieces(source, tensor, where)):
+        raise HubError(f"{where}: {source.name} is not the embedding, although tie_word_embeddings is true")
 
 
 def read_array(source: Source, tensor: Tensor, where: object) -> np.ndarray:
@@ -246,15 +256,26 @@ def read_array(source: Source, tensor: Tensor, where: object) -> np.ndarray:
     Raises:
         HubError: another shape, no floats, or values that are not finite.
     """
+    array = np.empty(tensor.shape, tensor.dtype)
+    target = array.T if tensor.transposed else array
+    for rows, piece in _pieces(source, tensor, where):
+        target[rows] = piece
+    return array
+
+
+def _pieces(source: Source, tensor: Tensor, where: object) -> Iterator[tuple[slice, np.ndarray]]:
+    """The rows of a tensor as it is stored, some at a time, in our dtype; raises what `read_array` says."""
     header = source.file.get_slice(source.name)
     shape, stored = tuple(header.get_shape()), header.get_dtype()
     if shape != tensor.stored_shape:
         raise HubError(f"{where}: {source.name}: got shape {shape}, expected {tensor.stored_shape}")
     if stored not in _FLOATS:
         raise HubError(f"{where}: {source.name}: got dtype {stored}, expected one of {', '.join(_FLOATS)}")
-    array = source.file.get_tensor(source.name)
-    with np.errstate(over="ignore"):  # an infinity is found below, by name
-        array = (array.T if tensor.transposed else array).astype(tensor.dtype, order="C", copy=False)
-    if not np.isfinite(array).all():
-        raise HubError(f"{where}: {source.name} has values that are not finite numbers in {tensor.dtype}")
-    return array
+    num = max(1, _PIECE // (8 * math.prod(shape[1:])))  # of no more than 8 bytes a number
+    for begin in range(0, shape[0], num):
+        rows = slice(begin, min(begin + num, shape[0]))
+        with np.errstate(over="ignore"):  # an infinity is found at once, by name
+            piece = header[rows].astype(tensor.dtype, copy=False)
+        if not np.isfinite(piece).all():
+            raise HubError(f"{where}: {source.name} has values that are not finite numbers in {tensor.dtype}")
+        yield rows, piece

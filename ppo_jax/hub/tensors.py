@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: one file or several with an index, read one at a time; one file, written one at a time.
+"""Tensors in safetensors files: one file or several with an index, read and written one tensor at a time.
 
 Pickles (`pytorch_model.bin` and its kin) are refused by name: to read one is to run it.
 """
@@ -17,6 +17,9 @@ from ppo_jax.hub.configs import read_json
 from ppo_jax.hub.errors import HubError
 
 WEIGHTS = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+"""Of the largest file, where there is more than one tensor in it; transformers has the same."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -44,6 +47,7 @@ def open_weights(folder: pathlib.Path, weights: str = WEIGHTS) -> Iterator[dict[
     with contextlib.ExitStack() as stack:
         holders: dict[str, Any] = {}
         for path, promised in shards.items():
+            _check_inside(path)
             try:
                 file = stack.enter_context(safetensors.safe_open(path, framework="np"))
             except (OSError, safetensors.SafetensorError) as error:
@@ -53,6 +57,13 @@ def open_weights(folder: pathlib.Path, weights: str = WEIGHTS) -> Iterator[dict[
                 raise HubError(f"{path}: the index and the file differ in {listed(names ^ promised)}")
             holders |= dict.fromkeys(names, file)
         yield holders
+
+
+def _check_inside(path: pathlib.Path) -> None:
+    """Refuses a link that leads out of its folder, other than into the blobs of the hub's cache, which is made so."""
+    folder, target = path.parent.resolve(), path.resolve()
+    if not target.is_relative_to(folder) and target.parent != folder.parent.parent / "blobs":
+        raise HubError(f"{path}: is a link to {target}, out of its folder, expected a file in it")
 
 
 def _shards(folder: pathlib.Path, weights: str) -> dict[pathlib.Path, set[str] | None]:
@@ -79,6 +90,35 @@ def _shards(folder: pathlib.Path, weights: str) -> dict[pathlib.Path, set[str] |
             raise HubError(f"{index}: names {shard!r}, which is not there")
         shards[folder / shard] = {name for name, file in weight_map.items() if file == shard}
     return shards
+
+
+def write_shards(folder: pathlib.Path, tensors: Mapping[str, Writable]) -> None:
+    """Writes `model.safetensors`, or several files with an index, none of them larger than `SHARD_BYTES`.
+
+    Args:
+        folder: where to.
+        tensors: by name, in the order in which they are divided.
+
+    Raises:
+        HubError: as `write_weights`.
+    """
+    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
+    shards: list[dict[str, Writable]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sizes[name] + sum(sizes[other] for other in shards[-1]) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_weights(folder / WEIGHTS, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_weights(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
 
 
 def write_weights(path: pathlib.Path, tensors: Mapping[str, Writable]) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 
 from ppo_jax.hub.configs import write_config
 from ppo_jax.hub.errors import HubError
-from ppo_jax.hub.families import FAMILIES, Model
+from ppo_jax.hub.families import FAMILIES
+from ppo_jax.hub.family import Model
 from ppo_jax.hub.layout import Tensor, file_layout, flatten, param_shapes
-from ppo_jax.hub.tensors import WEIGHTS, Writable, listed, write_weights
+from ppo_jax.hub.tensors import Writable, listed, write_shards
 from ppo_jax.models import Decoder, ModelConfig, RewardModel
 from ppo_jax.types import Params
 
@@ -160,7 +161,7 @@ def _write(folder: pathlib.Path, params: Params, model: Model, tokenizer: Any, t
     embedding = params.get("decoder", params)["embed"]["embedding"]
     raw = write_config(model, np.dtype(embedding.dtype).name, token_ids)
     layout = file_layout(FAMILIES[raw["model_type"]], model, where="save")
-    write_weights(folder / WEIGHTS, {tensor.name: _writable(tensor, flat) for tensor in layout})
+    write_shards(folder, {tensor.name: _writable(tensor, flat) for tensor in layout})
     files: dict[str, Mapping[str, Any]] = {"config.json": raw}
     if isinstance(model, Decoder):  # a classifier generates nothing
         files["generation_config.json"] = token_ids
@@ -172,7 +173,7 @@ def _write(folder: pathlib.Path, params: Params, model: Model, tokenizer: Any, t
 
 def _writable(tensor: Tensor, flat: Mapping[str, Any]) -> Writable:
     def read() -> np.ndarray:
-        array = np.concatenate([np.asarray(flat[path]) for path in tensor.paths], axis=-1)
+        array = tensor.join([np.asarray(flat[path]) for path in tensor.paths])
         if not np.isfinite(array).all():
             raise HubError(f"save: {', '.join(tensor.paths)}: values that are not finite numbers")
         return array.T if tensor.transposed else array

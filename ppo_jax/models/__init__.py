@@ -1,4 +1,4 @@
-"""The networks: one decoder that is GPT-2, Llama or Qwen by configuration, and heads on its trunk: a value, a score.
+"""The networks: one decoder that is GPT-2, Llama or another by configuration, and heads on its trunk: a value, a score.
 
 What is trained may be less than the whole: an adapter, or the upper layers, laid over a frozen base (`overlay`).
 """
@@ -6,16 +6,9 @@ What is trained may be less than the whole: an adapter, or the upper layers, lai
 from ppo_jax.models.actor_critic import ActorCritic
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import LoRAConfig, init_adapter, merge, overlay, upper_layers
+from ppo_jax.models.masks import causal_mask, positions_of, segment_mask, segment_positions
 from ppo_jax.models.reward import RewardModel
-from ppo_jax.models.transformer import (
-    Cache,
-    Decoder,
-    causal_mask,
-    empty_cache,
-    positions_of,
-    segment_mask,
-    segment_positions,
-)
+from ppo_jax.models.transformer import Cache, Decoder, empty_cache
 
 __all__ = [
     "ActorCritic",

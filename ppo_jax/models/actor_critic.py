@@ -5,7 +5,8 @@ import jax
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import ValueHead
-from ppo_jax.models.transformer import Cache, Decoder, causal_mask, positions_of
+from ppo_jax.models.masks import causal_mask, positions_of
+from ppo_jax.models.transformer import Cache, Decoder
 
 
 class ActorCritic(nn.Module):

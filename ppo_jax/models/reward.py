@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import Decoder, causal_mask, positions_of
+from ppo_jax.models.masks import causal_mask, positions_of
+from ppo_jax.models.transformer import Decoder
 
 
 def scored_slot(tokens: jax.Array, mask: jax.Array, pad_id: jax.Array | int | None) -> jax.Array:

@@ -1,12 +1,14 @@
-"""The decoder: GPT-2, Llama or Qwen by `ModelConfig`, with a key/value cache that is an explicit argument and result.
+"""The decoder: GPT-2, Llama, Gemma and others by `ModelConfig`, with a key/value cache that is an explicit argument and
+result.
 
 What a matrix product reads, and what the cache keeps, is in the compute dtype (`ModelConfig.dtype`); in between, and
 along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of one program
 are from those of another, which rounds at other places.
 
-Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Su et al. 2021 (rotary positions), Ainslie et al.
-2023 (grouped queries), Shazeer 2020 (gated MLP), Zhang and Sennrich 2019 (RMSNorm), Henry et al. 2020 (normalised
-queries and keys).
+Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Shazeer 2020
+(gated MLP), Zhang and Sennrich 2019 (RMSNorm), Henry et al. 2020 (normalised queries and keys), Wang and Komatsuzaki
+2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024 (soft caps, norms before and after), Jiang et al. 2023
+(windows, in Mistral), Team OLMo 2024 (norms after, queries and keys normalised as a whole).
 """
 
 from collections.abc import Callable
@@ -17,8 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.errors import InputError
+from ppo_jax.models import rope
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import column_norms
+from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, each [B, S, K, H]; slot s belongs to token s of the padded sequence."""
@@ -39,32 +43,6 @@ _float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.f
 _float32_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def positions_of(mask: jax.Array) -> jax.Array:
-    """Position of each token among the True ones of its row, from 0; `[B, S]` bool to `[B, S]` int32."""
-    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
-
-
-def causal_mask(mask: jax.Array) -> jax.Array:
-    """Who may look at whom: `[B, S]` bool to `[B, S, S]` bool; query t sees the True tokens at t and before."""
-    slots = jnp.arange(mask.shape[-1])
-    return mask[:, None, :] & (slots[:, None] >= slots[None, :])[None]
-
-
-def segment_positions(segments: jax.Array) -> jax.Array:
-    """Position of each token within its text, from 0: `[B, S]` int to `[B, S]` int32; see `Examples.segments`."""
-    slots = jnp.broadcast_to(jnp.arange(segments.shape[-1], dtype=jnp.int32), segments.shape)
-    begins = segments[:, 1:] != segments[:, :-1]
-    starts = jnp.where(jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True), slots, 0)
-    return slots - jax.lax.cummax(starts, axis=1)
-
-
-def segment_mask(segments: jax.Array) -> jax.Array:
-    """Who may look at whom: `[B, S]` int to `[B, S, S]` bool; query t sees the tokens of its own text at t and before,
-    and padding sees nothing. See `Examples.segments`.
-    """
-    return causal_mask(segments > 0) & (segments[:, :, None] == segments[:, None, :])
-
-
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """A cache of zeros for `batch` sequences of `length` slots, in the compute dtype."""
     shape = (batch, length, config.num_kv_heads, config.head_dim)
@@ -72,26 +50,14 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding; the first half of a head pairs with the second (the Hugging Face Llama layout).
-
-    Args:
-        x: `[B, T, heads, H]`.
-        positions: `[B, T]` int.
-        theta: base of the frequencies theta^(-2i/H).
-
-    Returns:
-        Rotated heads in the dtype of `x`; angles are float32.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (positions[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None, :]  # [B, T, 1, H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """C tanh(x / c): nearly x where |x| is much smaller than c, and never beyond c; a cap of 0 is none."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, cap: float = 0.0
+) -> jax.Array:
     """Softmax attention with grouped queries: N / K query heads share a key head, which is not repeated in memory.
 
     Args:
@@ -99,6 +65,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
         key: `[B, S, K, H]`.
         value: `[B, S, K, H]`.
         mask: `[B, T, S]` bool.
+        scale: of the scores.
+        cap: of the scores, see `softcap`.
 
     Returns:
         `[B, T, N, H]`. A query that may look at nothing (padding) gets an average, never NaN.
@@ -106,8 +74,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask[:, None, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
@@ -116,22 +84,26 @@ class Norm(nn.Module):
     """LayerNorm or RMSNorm, with float32 statistics."""
 
     config: ModelConfig
+    out_dtype: str | None = None  # None: the compute dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `[..., D]`."""
         config = self.config
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.dtype(config.param_dtype))
+        init = nn.initializers.zeros if config.norm_unit_offset else nn.initializers.ones
+        scale = self.param("scale", init, x.shape[-1:], jnp.dtype(config.param_dtype)).astype(jnp.float32)
+        if config.norm_unit_offset:
+            scale = scale + 1
         y = x.astype(jnp.float32)
         if config.norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps)
         # Broadcasts are spelled out: tests forbid that ranks are promoted silently.
-        y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
+        y = y * jnp.broadcast_to(scale, y.shape)
         if config.norm == "layernorm":
             bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.dtype(config.param_dtype))
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-        return y.astype(config.dtype)
+        return y.astype(self.out_dtype or config.dtype)
 
 
 class Projection(nn.Module):
@@ -184,6 +156,7 @@ class Attention(nn.Module):
     """Grouped-query self-attention over the given keys, or over a cache that it extends."""
 
     config: ModelConfig
+    number: int  # of the layer
 
     def setup(self) -> None:
         """Makes the four projections, and the norms of queries and keys."""
@@ -193,7 +166,7 @@ class Attention(nn.Module):
         self.value = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
         output_bias = config.attention_bias and config.attention_output_bias
         self.output = Projection(config, config.width, output_bias, _residual_std(config), out_dtype="float32")
-        if config.qk_norm:
+        if config.qk_norm != "none":
             self.query_norm, self.key_norm = Norm(config), Norm(config)
 
     def __call__(
@@ -207,21 +180,33 @@ class Attention(nn.Module):
         """Arguments as `Decoder.trunk`, for one layer."""
         config = self.config
         batch, length, _ = x.shape
-        query = self.query(x).reshape(batch, length, config.num_heads, config.head_dim)
-        key = self.key(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        value = self.value(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        if config.qk_norm:
+        query, key = self.query(x), self.key(x)
+        if config.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)
-        if config.positions == "rotary":
-            query = rotate(query, positions, config.rope_theta)
-            key = rotate(key, positions, config.rope_theta)
+        query = query.reshape(batch, length, config.num_heads, config.head_dim)
+        key = key.reshape(batch, length, config.num_kv_heads, config.head_dim)
+        value = self.value(x).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        if config.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if config.positions == "rotary" and self.number not in config.unrotated_layers:
+            query, key = self._rotated(query, key, positions, mask.shape[-1])
         query, key = query.astype(config.dtype), key.astype(config.dtype)
         if cache is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, slot, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, slot, axis=1)
             cache = (key, value)
-        heads = attend(query, key, value, mask)
+        heads = attend(query, key, value, mask, config.attention_scale, config.attention_softcap)
         return self.output(heads.reshape(batch, length, -1)), cache
+
+    def _rotated(
+        self, query: jax.Array, key: jax.Array, positions: jax.Array, slots: int
+    ) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        local = config.local_rope_theta if config.window(self.number) else 0.0
+        scaling = None if local else config.rope_scaling
+        frequencies = rope.frequencies(config.num_rotated, local or config.rope_theta, scaling, slots)
+        turn = partial(rope.rotate, positions=positions, frequencies=frequencies, magnitude=rope.magnitude(scaling))
+        return turn(query), turn(key)
 
 
 class MLP(nn.Module):
@@ -246,16 +231,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and added to the residual stream."""
+    """One layer: attention and MLP, normalised before or after or both, and added to the residual stream."""
 
     config: ModelConfig
+    number: int  # of the layer
 
     def setup(self) -> None:
-        """Makes the four parts."""
-        self.attention_norm = Norm(self.config)
-        self.attention = Attention(self.config)
-        self.mlp_norm = Norm(self.config)
-        self.mlp = MLP(self.config)
+        """Makes the parts."""
+        config = self.config
+        self.attention = Attention(config, self.number)
+        self.mlp = MLP(config)
+        if config.norm_placement != "after":
+            self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
+        if config.norm_placement != "before":
+            self.attention_post_norm = Norm(config, out_dtype="float32")
+            self.mlp_post_norm = Norm(config, out_dtype="float32")
 
     def __call__(
         self,
@@ -266,9 +256,12 @@ class Block(nn.Module):
         slot: jax.Array | int,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Arguments as `Decoder.trunk`, for one layer."""
-        heads, cache = self.attention(self.attention_norm(x), positions, mask, cache, slot)
-        x = x + heads
-        return x + self.mlp(self.mlp_norm(x)), cache
+        before, after = self.config.norm_placement != "after", self.config.norm_placement != "before"
+        heads, cache = self.attention(self.attention_norm(x) if before else x, positions, mask, cache, slot)
+        attended = x + (self.attention_post_norm(heads) if after else heads)
+        x = x if self.config.parallel_residual else attended
+        inner = self.mlp(self.mlp_norm(x) if before else x)
+        return attended + (self.mlp_post_norm(inner) if after else inner), cache
 
 
 class Decoder(nn.Module):
@@ -292,8 +285,8 @@ class Decoder(nn.Module):
         )
         self.embed = embed(config.vocab_size)
         if config.positions == "learned":
-            self.positions = embed(config.max_positions)
-        self.layer = [Block(config) for _ in range(config.num_layers)]
+            self.positions = embed(config.max_positions + config.position_offset)
+        self.layer = [Block(config, i) for i in range(config.num_layers)]
         self.final_norm = Norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Dense(
@@ -333,22 +326,29 @@ class Decoder(nn.Module):
                 f"sequence length: got {mask.shape[-1]} tokens (prompt and response), "
                 f"expected at most the model's {self.config.max_positions} positions"
             )
+        config = self.config
         x = self.embed(tokens).astype(jnp.float32)
-        if self.config.positions == "learned":
-            x = x + self.positions(positions).astype(jnp.float32)
+        if config.embed_scale:  # rounded as Gemma was trained
+            x = x * jnp.asarray(config.width**0.5, config.dtype).astype(jnp.float32)
+        if config.positions == "learned":
+            x = x + self.positions(positions + config.position_offset).astype(jnp.float32)
+        masks = {window: within_window(mask, slot, window) if window else mask for window in {0, *config.layer_windows}}
         extended: list[LayerCache] = []
         for i, layer in enumerate(self.layer):
-            x, layer_cache = layer(x, positions, mask, None if cache is None else cache[i], slot)
+            seen = masks[config.window(i)]
+            x, layer_cache = layer(x, positions, seen, None if cache is None else cache[i], slot)
             if layer_cache is not None:
                 extended.append(layer_cache)
         return self.final_norm(x), tuple(extended) or None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Vocabulary projection: `[..., D]` to `[..., V]` float32."""
-        if not self.config.tie_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.embed.embedding.astype(self.config.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        if self.config.tie_embeddings:
+            embedding = self.embed.embedding.astype(self.config.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(hidden)
+        return softcap(logits, self.config.final_softcap)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Logits `[B, S, V]` float32 of padded sequences, all at once: for tests and small models; `mask` is `[B,

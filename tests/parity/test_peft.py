@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity.torch_side import left_padded, max_relative_error, randomize, torch, torch_logits
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from ppo_jax import hub
 from ppo_jax.models import Decoder, LoRAConfig, init_adapter, merge, overlay
@@ -170,6 +180,52 @@ def test_an_adapter_of_ours_opens_in_peft(kind, targets, name, base, seed, rng, 
     # Without a word about the base, peft finds it by the name in the file.
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert max_relative_error(torch_logits(auto, tokens, mask), ours, mask) < PROMISE
+
+
+SIZES = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+FUSED = {
+    "phi3": (
+        lambda: Phi3ForCausalLM(Phi3Config(**SIZES, num_key_value_heads=2)),
+        ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    ),
+    "gpt_neox": (
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FUSED)
+def test_modules_that_are_several_of_ours(family, kind, seed, rng, tmp_path):
+    """Side by side and of different widths, or head by head; theirs here, and ours there."""
+    make, modules = FUSED[family]
+    randomize(make(), seed).save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    model = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, **KINDS[kind])
+    model = randomized_adapter(peft.get_peft_model(torch_base(base), model), seed)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens, mask = left_padded(seed, 53, (30, 11, 1), 3)
+    config, params = our_base(base)
+    lora, adapter = hub.load_adapter(tmp_path / "adapter", config)
+    scaled = dataclasses.replace(config, lora_scale=lora.scale)
+    ours = logits_of(scaled, overlay(params, adapter), tokens, mask)
+    assert max_relative_error(ours, torch_logits(model, tokens, mask), mask) < PROMISE
+    assert max_relative_error(logits_of(config, params, tokens, mask), ours, mask) > 0.01
+
+    options = KINDS[kind]
+    lora = LoRAConfig(
+        options["r"], options["lora_alpha"], "query|key|value|output|gate|up|down",
+        rslora=options.get("use_rslora", False), dora=options.get("use_dora", False),
+    )  # fmt: skip
+    adapter = random_adapter(rng, config, params, lora)
+    hub.save_adapter(tmp_path / "ours", adapter, lora, config, str(base))
+    opened = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "ours")
+    ours = logits_of(dataclasses.replace(config, lora_scale=lora.scale), overlay(params, adapter), tokens, mask)
+    assert max_relative_error(torch_logits(opened, tokens, mask), ours, mask) < PROMISE
+    again = hub.load_adapter(tmp_path / "ours", config)[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, adapter))
 
 
 def test_ranks_and_alphas_of_their_own(name, base, seed, tmp_path):

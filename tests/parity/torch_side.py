@@ -34,7 +34,18 @@ def torch_logits(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -
     ones = torch.tensor(mask, dtype=torch.long)
     positions = (ones.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        return model(torch.tensor(tokens), attention_mask=ones, position_ids=positions).logits.numpy()
+        logits = model(torch.tensor(tokens), attention_mask=ones, position_ids=positions).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()  # numpy has no bfloat16
+
+
+def exact_logits(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits [B, S, V] in float64, each text alone: padded, Gemma 2 overflows. Changes the model."""
+    model = model.double()
+    logits = np.zeros((*tokens.shape, model.config.vocab_size))
+    for row, keep in enumerate(mask):
+        text = tokens[row][keep][None]
+        logits[row][keep] = torch_logits(model, text, np.ones_like(text, bool))[0]
+    return logits
 
 
 def torch_greedy(
