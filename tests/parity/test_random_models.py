@@ -291,7 +291,9 @@ def test_every_family_is_compared():
     assert BY_FAMILY.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", sorted(MODELS.keys() - {"phi3_long"})
+)  # there the slots of a row decide, in torch a text
 def test_packed_texts(name, seed, tmp_path):
     """Several texts in a row, and padding after them: the logits that torch gives to each text alone."""
     model = randomize(MODELS[name](), seed)
@@ -357,6 +359,7 @@ def test_bfloat16_at_the_usual_initialisation(make, seed, tmp_path):
     model = make().eval()
     model.save_pretrained(tmp_path)
     tokens, mask = left_padded(seed, 53, (30, 11, 1, 30), PAD)
+    tokens = np.maximum(tokens, 1)  # the embedding of 0, which pads there, is zeros: all its logits are 0
     exact = torch_logits(model, tokens, mask)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     theirs = max_relative_error(torch_logits(half, tokens, mask), exact, mask)

@@ -39,8 +39,11 @@ def torch_logits(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -
 
 
 def exact_logits(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Logits [B, S, V] in float64, each text alone: padded, Gemma 2 overflows. Changes the model."""
+    """Logits [B, S, V] in float64; changes the model."""
     model = model.double()
+    if model.config.model_type != "gemma2":
+        return torch_logits(model, tokens, mask)
+    # Each text alone: padded, its eager attention overflows.
     logits = np.zeros((*tokens.shape, model.config.vocab_size))
     for row, keep in enumerate(mask):
         text = tokens[row][keep][None]
