@@ -58,7 +58,7 @@ from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.types import Prompts
 
 PROMISE = 1e-4  # against float32 torch, which rounds as much as we do
-TOLERANCE = 3e-5  # against float64 torch: float32 torch and we are both at 1e-6 to 6e-6 over some dozens of seeds
+TOLERANCE = 6e-5  # against float64 torch: we are at 1e-6 to 1e-5 over dozens of seeds, with Gemma at 2.4e-5
 PAD = 3
 
 
@@ -365,7 +365,7 @@ def test_bfloat16_at_the_usual_initialisation(make, seed, tmp_path):
     theirs = max_relative_error(torch_logits(half, tokens, mask), exact, mask)
     config = hub.load_config(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
     logits = jax.jit(Decoder(config).apply)({"params": hub.load_params(tmp_path, config)}, tokens, mask)
-    assert max_relative_error(logits, exact, mask) < max(0.02, 1.5 * theirs)
+    assert max_relative_error(logits, exact, mask) < max(0.02, 2 * theirs)
 
 
 @pytest.mark.parametrize("style", [4, 5])
