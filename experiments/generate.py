@@ -168,7 +168,8 @@ def converse(folder: str) -> None:
     """Answers what is typed, line by line."""
     tokenizer, room = load_tokenizer(folder), hub.load_config(folder).max_positions - FLAGS.max_new_tokens
     chat = bool(tokenizer.chat_template) if FLAGS.chat is None else FLAGS.chat
-    models: dict[int, Responder] = {}
+    check("max_new_tokens", FLAGS.max_new_tokens, room >= 1, f"fewer than the model's {room + FLAGS.max_new_tokens}")
+    model = responder(folder, min(room, SLOTS), 1, stream=True)
     turns: list[dict[str, Any]] = []
     print("chat; an empty line begins a new one" if chat else "text, which the model goes on with", file=sys.stderr)
     for number, line in enumerate(iter_lines()):
@@ -179,11 +180,8 @@ def converse(folder: str) -> None:
         prompt: Prompt = turns if chat else line
         length = len(encode_prompt(tokenizer, prompt))
         check("conversation: tokens", length, length <= room, f"at most {room}, which leave room for an answer")
-        slots = min(room, -(-length // SLOTS) * SLOTS)
-        if slots not in models:
-            models[slots] = responder(folder, slots, 1, stream=True)
-        model, compiled_s = models[slots], models[slots].compile_s
-        begin = time.perf_counter()
+        model.prompt_length = min(room, -(-length // SLOTS) * SLOTS)
+        begin, compiled_s = time.perf_counter(), model.compile_s
         (answer,) = model.answers([prompt], seed=FLAGS.seed + number)
         print()
         print(speed(model, [answer], time.perf_counter() - begin, compiled_s), file=sys.stderr)

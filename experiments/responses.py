@@ -92,7 +92,7 @@ class Responder:
         batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
         self._answer = jax.jit(answer, in_shardings=(None, batch, None), out_shardings=batch)
         self.compile_s = 0.0  # what compiling has taken so far
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}  # by the slots of a prompt
 
     def respond(self, prompts: Sequence[Prompt], num_responses: int = 1, seed: int = 0) -> list[list[str]]:
         """Samples `num_responses` responses to every prompt; the same seed gives the same ones on any devices.
@@ -119,13 +119,14 @@ class Responder:
             yield from self._read(self._sample(Prompts(tokens[batch], mask[batch]), key))[: len(real)]
 
     def _sample(self, prompts: Prompts, key: jax.Array) -> Rollout:
-        if self._compiled is None:
+        slots = prompts.tokens.shape[1]
+        if slots not in self._compiled:
             begin = time.perf_counter()
-            self._compiled = self._answer.lower(self._params, prompts, key).compile()
+            self._compiled[slots] = self._answer.lower(self._params, prompts, key).compile()
             self.compile_s += time.perf_counter() - begin
         if self._watcher:
             self._watcher.begin(np.asarray(prompts.tokens), np.asarray(prompts.mask))
-        rollout = jax.device_get(self._compiled(self._params, prompts, key))
+        rollout = jax.device_get(self._compiled[slots](self._params, prompts, key))
         if self._watcher:
             self._watcher.finish()
         return rollout
