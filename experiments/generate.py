@@ -31,24 +31,31 @@ TRAINED = ("policy", "model")  # where the workdir of a run has what it has trai
 SLOTS = 64  # prompts at the terminal get a multiple of so many slots, so that few programs are compiled
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", None, "a Hugging Face folder, a name on the hub, or the workdir of a run")
-flags.DEFINE_string("prompt", None, "one prompt; the answer is printed")
-flags.DEFINE_string("prompts", None, "a JSONL or Parquet file or a Hugging Face dataset: prompt, messages or text")
-flags.DEFINE_string("out", None, "the JSONL file that answers to --prompts are written to")
-flags.DEFINE_bool("chat", None, "text is what a user says, by the chat template; without the flag: at the terminal, "
-                  "where there is a template")  # fmt: skip
-flags.DEFINE_integer("max_new_tokens", 256, "longest answer, in tokens")
-flags.DEFINE_float("temperature", 1.0, "of the sampling; 0: greedy")
-flags.DEFINE_integer("top_k", 0, "only the k likeliest tokens; 0: all")
-flags.DEFINE_float("top_p", 1.0, "only the likeliest tokens that together reach this probability")
-flags.DEFINE_float("min_p", 0.0, "only tokens at least this times as probable as the likeliest")
-flags.DEFINE_float("repetition_penalty", 1.0, "logits of tokens in the text so far are divided by it; 1: they are not")
-flags.DEFINE_multi_string("stop", [], "a text that ends an answer; may be given several times")
-flags.DEFINE_integer("seed", 0, "of the sampling")
-flags.DEFINE_integer("batch_size", 16, "answers that are sampled at a time")
-flags.DEFINE_string("dtype", "float32", "of the model's matrix products: float32 or bfloat16")
-flags.DEFINE_string("pad_token", "", "overrides the tokenizer's")
-flags.DEFINE_string("eos_token", "", "overrides the tokenizer's")
+
+
+def define_flags() -> None:
+    """Not on import: flags are the process's, and other scripts have none of these."""
+    flags.DEFINE_string("model", None, "a Hugging Face folder, a name on the hub, or the workdir of a run")
+    flags.DEFINE_string("prompt", None, "one prompt; the answer is printed")
+    flags.DEFINE_string("prompts", None, "a JSONL or Parquet file or a Hugging Face dataset: prompt, messages or text")
+    flags.DEFINE_string("out", None, "the JSONL file that answers to --prompts are written to")
+    flags.DEFINE_bool(
+        "chat", None, "text is what a user says, by the chat template; unset: at a terminal, where there is a template"
+    )
+    flags.DEFINE_integer("max_new_tokens", 256, "longest answer, in tokens")
+    flags.DEFINE_float("temperature", 1.0, "of the sampling; 0: greedy")
+    flags.DEFINE_integer("top_k", 0, "only the k likeliest tokens; 0: all")
+    flags.DEFINE_float("top_p", 1.0, "only the likeliest tokens that together reach this probability")
+    flags.DEFINE_float("min_p", 0.0, "only tokens at least this times as probable as the likeliest")
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "logits of tokens in the text so far are divided by it; 1: they are not"
+    )
+    flags.DEFINE_multi_string("stop", [], "a text that ends an answer; may be given several times")
+    flags.DEFINE_integer("seed", 0, "of the sampling")
+    flags.DEFINE_integer("batch_size", 16, "answers that are sampled at a time")
+    flags.DEFINE_string("dtype", "float32", "of the model's matrix products: float32 or bfloat16")
+    flags.DEFINE_string("pad_token", "", "overrides the tokenizer's")
+    flags.DEFINE_string("eos_token", "", "overrides the tokenizer's")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -205,4 +212,5 @@ def speed(model: Responder, answers: Sequence[Answer], seconds: float, compiled_
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

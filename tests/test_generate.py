@@ -32,7 +32,17 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def flag_names():
+    """The script's flags, while a test runs: tests of other scripts in this process must not know them."""
+    before = set(flags.FLAGS)
+    generate.define_flags()
+    yield
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, flag_names):
     """Runs the script within this process, as its command line would."""
 
     def start(*arguments: str, text: str = "") -> folders.Outcome:
