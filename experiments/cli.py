@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.ending import told_in_one_line
 from experiments.settings import describe, from_config_dict
 from ppo_jax.errors import InputError
 
@@ -33,7 +34,7 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
         main: `main(settings, workdir)` does its work.
         dry_run: `dry_run(settings)` only compiles.
     """
-    try:
+    with told_in_one_line("interrupted; the same command goes on from the last checkpoint"):
         config = _parse(sys.argv)
         if _PRINT_CONFIG.value:
             print_config(kind, config)
@@ -48,12 +49,6 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
             main(settings, Path(_WORKDIR.value).expanduser())
         else:
             raise InputError("--workdir: it is missing; expected a folder for this run")
-    except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _parse(argv: list[str]) -> ml_collections.ConfigDict:

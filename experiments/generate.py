@@ -3,6 +3,7 @@
     python experiments/generate.py --model=FOLDER --prompts=PROMPTS.jsonl --out=COMPLETIONS.jsonl --temperature=0
     python experiments/generate.py --model=runs/quickstart/ppo --prompt="In May my wife and I went to the cafe."
     python experiments/generate.py --model=HuggingFaceTB/SmolLM2-135M-Instruct
+    python experiments/generate.py --model=FOLDER --adapter=runs/lora/adapter --prompt="Once upon a time"
 
 The model is a Hugging Face folder, a name on the hub, or the workdir of a run (what it has trained). Prompts are rows
 with a column `prompt` (text or chat messages), `messages` or `text`. Each row of the output has `prompt`, `completion`
@@ -21,10 +22,11 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from experiments.ending import told_in_one_line
 from experiments.responses import Answer, Prompt, Responder
 from ppo_jax import hub
 from ppo_jax.data import load_rows, take_prompt, told_at
-from ppo_jax.errors import InputError, check
+from ppo_jax.errors import check
 from ppo_jax.tokenizers import encode_prompt, load_tokenizer
 
 TRAINED = ("policy", "model")  # where the workdir of a run has what it has trained
@@ -36,6 +38,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Not on import: flags are the process's, and other scripts have none of these."""
     flags.DEFINE_string("model", None, "a Hugging Face folder, a name on the hub, or the workdir of a run")
+    flags.DEFINE_string(
+        "adapter", "", "a folder in the format of PEFT, or a name on the hub, that is laid over the model"
+    )
     flags.DEFINE_string("prompt", None, "one prompt; the answer is printed")
     flags.DEFINE_string("prompts", None, "a JSONL or Parquet file or a Hugging Face dataset: prompt, messages or text")
     flags.DEFINE_string("out", None, "the JSONL file that answers to --prompts are written to")
@@ -60,7 +65,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Answers, or says in one line what is wrong."""
-    try:
+    with told_in_one_line():
         check("arguments", argv[1:], len(argv) == 1, "flags only, such as --seed=1")
         check("dtype", FLAGS.dtype, FLAGS.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("model", FLAGS.model, bool(FLAGS.model), "a folder, a name on the hub, or the workdir of a run")
@@ -79,12 +84,6 @@ def main(argv: Sequence[str]) -> None:
             answer_one(folder, as_prompt(FLAGS.prompt, bool(FLAGS.chat)))
         else:
             converse(folder)
-    except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def folder_of(model: str) -> Path:
@@ -116,6 +115,7 @@ def responder(folder: str, prompt_length: int, batch_size: int, stream: bool) ->
         FLAGS.dtype,
         FLAGS.pad_token,
         FLAGS.eos_token,
+        FLAGS.adapter,
         FLAGS.stop,
         (lambda text: print(text, end="", flush=True)) if stream else None,
         top_k=FLAGS.top_k,

@@ -58,7 +58,7 @@ def export(setup: Setup, params: Params, workdir: Path) -> None:
     params, base = jax.device_get(params), jax.device_get(setup.ref_params)
     known = {"eos_ids": ids.eos_ids, "pad_id": ids.pad_id}
     decoder = merge(overlay(base, params["decoder"]), config.lora_scale)
-    hub.save(workdir / "policy", decoder, config, setup.tokenizer, **known)
+    hub.save(workdir / "policy", decoder, config, setup.tokenizer, **known, dtype=setup.save_dtype)
     if lora:
         hub.save_adapter(workdir / "adapter", params["decoder"], lora, config, setup.settings.model)
     if "critic" in params:

@@ -31,7 +31,7 @@ from ppo_jax.rewards import (
     load_reward,
 )
 from ppo_jax.sampling import SamplingConfig
-from ppo_jax.sharding import Shardings, make_mesh, make_shardings
+from ppo_jax.sharding import Shardings, make_mesh, make_place, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, one_token, special_tokens
 from ppo_jax.types import Params, Scores, TrainState
 
@@ -55,6 +55,7 @@ class Setup(NamedTuple):
     judges: Judges
     scores: Scores  # the shapes of what they say
     gold: HostReward | None  # only logged
+    save_dtype: str  # of the exported weights
 
 
 def prepare(settings: PPOExperiment) -> Setup:
@@ -94,7 +95,7 @@ def prepare(settings: PPOExperiment) -> Setup:
     truncate_id = one_token(tokenizer, settings.truncate_token) if settings.truncate_token else None
     sampling = policy_sampling(config, special.eos_ids, special.pad_id, truncate_id)
     schedule, tx = optimizer(config, settings.num_iterations)
-    base = jax.tree.map(jnp.asarray, hub.load_params(folder, model_config))
+    base = hub.load_params(folder, model_config, make_place(mesh))
     critic = read_critic(settings, model_config, tokenizer, base) if method.critic else None
     key = jax.random.key(settings.seed)
     state = init_state(trained_part(settings, model_config, base), model, tx, method, key, critic)
@@ -117,6 +118,7 @@ def prepare(settings: PPOExperiment) -> Setup:
         judges=judges._replace(params=jax.device_put(judges.params, shardings.judge_params)),
         scores=scores,
         gold=gold,
+        save_dtype=hub.load_dtype(folder) if settings.save_dtype == "model" else settings.save_dtype,
     )
 
 

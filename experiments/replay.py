@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.ending import told_in_one_line
 from experiments.ppo_setup import Setup, prepare
 from experiments.rollouts import texts_of
 from experiments.settings import PPOExperiment, from_config_dict
@@ -124,8 +125,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)

@@ -14,7 +14,7 @@ from experiments.streaming import Watcher, cut_at
 from ppo_jax import hub
 from ppo_jax.data import pad
 from ppo_jax.errors import check
-from ppo_jax.models import ActorCritic
+from ppo_jax.models import ActorCritic, merge, overlay
 from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.sharding import make_mesh, make_place
 from ppo_jax.tokenizers import check_vocabulary, decode_responses, encode_prompt, load_tokenizer, special_tokens
@@ -45,6 +45,7 @@ class Responder:
         dtype: str = "float32",
         pad_token: str = "",
         eos_token: str = "",
+        adapter: str = "",
         stop: Sequence[str] = (),
         show: Callable[[str], None] | None = None,
         **filters: Any,
@@ -60,6 +61,7 @@ class Responder:
             dtype: of the model's matrix products.
             pad_token: overrides the tokenizer's.
             eos_token: overrides the tokenizer's.
+            adapter: a folder in the format of PEFT, or a name on the hub, that is laid over the model; "": none.
             stop: texts that end a response; they are not part of it.
             show: gets the text of the first response of a batch in pieces, while it is sampled.
             filters: `top_k`, `top_p`, `min_p` and `repetition_penalty` of `SamplingConfig`.
@@ -83,7 +85,11 @@ class Responder:
         self._watcher = Watcher(self.tokenizer, self.special.eos_ids, stop, show) if stop or show else None
         # What leaves the device while it samples does so from one device.
         mesh = make_mesh(jax.device_count() if batch_size % jax.device_count() == 0 and not self._watcher else 1)
-        self._params = {"decoder": hub.load_params(folder, config, make_place(mesh))}
+        params = hub.load_params(folder, config, make_place(mesh))
+        if adapter:
+            lora, changes = hub.load_adapter(hub.resolve(adapter), config)
+            params = merge(overlay(params, changes), lora.scale)
+        self._params = {"decoder": params}
         network = ActorCritic(config)
 
         def answer(params: Params, prompts: Prompts, key: jax.Array) -> Rollout:

@@ -34,7 +34,7 @@ from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import Panel, plot_curves
 from ppo_jax.preferences import read_judged
 from ppo_jax.runs import refuse_non_finite, resume, write_json
-from ppo_jax.sharding import Shardings, make_mesh, make_shardings
+from ppo_jax.sharding import Shardings, make_mesh, make_place, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, render_chat, special_tokens
 from ppo_jax.types import Examples, Params, TrainState
 
@@ -78,6 +78,7 @@ class Setup(NamedTuple):
     step: DPOStep
     schedule: Any  # gradient step -> learning rate
     num_steps: int
+    save_dtype: str  # of the exported weights
 
 
 def prepare(settings: DPOExperiment) -> Setup:
@@ -108,7 +109,8 @@ def prepare(settings: DPOExperiment) -> Setup:
     schedule = make_schedule(settings.lr, settings.lr_schedule, settings.warmup_steps, num_steps)
     tx = make_optimizer(schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     model = Decoder(config)
-    params = jax.tree.map(jnp.asarray, hub.load_params(folder, config))
+    params = hub.load_params(folder, config, make_place(mesh))
+    save_dtype = hub.load_dtype(folder) if settings.save_dtype == "model" else settings.save_dtype
     state = fresh_state(params, tx, jax.random.key(settings.seed))
     shardings = make_shardings(mesh, state)
     # The reference is a copy of its own: the state's buffers are donated, step after step.
@@ -116,7 +118,7 @@ def prepare(settings: DPOExperiment) -> Setup:
     state = jax.device_put(state, shardings.state)
     step = make_dpo_step(model, tx, shardings, settings, settings.accumulation)
     return Setup(settings, tokenizer, special, judged, data, heldout, model, shardings, state, ref_params, step,
-                 schedule, num_steps)  # fmt: skip
+                 schedule, num_steps, save_dtype)  # fmt: skip
 
 
 def load_judged(
@@ -269,6 +271,7 @@ def finish(setup: Setup, state: TrainState, reference: Heldout, workdir: Path) -
         setup.tokenizer,
         eos_ids=special.eos_ids,
         pad_id=special.pad_id,
+        dtype=setup.save_dtype,
     )
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", PANELS, title=workdir.name)
     write_json(workdir / "results.json", results)

@@ -43,7 +43,7 @@ from ppo_jax.plots import plot_curves, plot_reliability
 from ppo_jax.preferences import read_judged
 from ppo_jax.reward_model import RewardStep, init_reward_params, make_reward_step, normalized_head
 from ppo_jax.runs import refuse_non_finite, resume, write_json
-from ppo_jax.sharding import Shardings, make_mesh, make_shardings
+from ppo_jax.sharding import Shardings, make_mesh, make_place, make_shardings
 from ppo_jax.tokenizers import (
     SpecialTokens,
     check_vocabulary,
@@ -73,6 +73,7 @@ class Setup(NamedTuple):
     step: RewardStep
     schedule: Any  # gradient step -> learning rate
     num_steps: int
+    save_dtype: str  # of the exported weights
 
 
 def prepare(settings: RewardExperiment) -> Setup:
@@ -108,12 +109,14 @@ def prepare(settings: RewardExperiment) -> Setup:
     tx = make_optimizer(schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     model = RewardModel(config)
     head_key, key = jax.random.split(jax.random.key(settings.seed))
-    decoder = jax.tree.map(jnp.asarray, hub.load_params(folder, language_model))
+    decoder = hub.load_params(folder, language_model, make_place(mesh))
+    save_dtype = hub.load_dtype(folder) if settings.save_dtype == "model" else settings.save_dtype
     state = fresh_state(init_reward_params(decoder, config, head_key), tx, key)
     shardings = make_shardings(mesh, state)
     step = make_reward_step(model, tx, shardings, special.pad_id, settings.center_coef)
     state = jax.device_put(state, shardings.state)
-    return Setup(settings, tokenizer, special, judged, heldout, model, shardings, state, step, schedule, num_steps)
+    return Setup(settings, tokenizer, special, judged, heldout, model, shardings, state, step, schedule, num_steps,
+                 save_dtype)  # fmt: skip
 
 
 def load_judged(
@@ -268,6 +271,9 @@ def finish(setup: Setup, state: TrainState, workdir: Path, samples: Any) -> dict
     """Measures the model on what was held out, normalises it, and writes it as a folder."""
     params, special, heldout = state.params, setup.special, setup.heldout
     raw = scores = score_judged(setup, params, heldout)
+    # What is normalised and measured is what is saved.
+    decoder = jax.tree.map(lambda x: x.astype(setup.save_dtype).astype(x.dtype), params["decoder"])
+    params = params | {"decoder": decoder}
     normalization = None
     if samples is not None:
         params, after = normalize(setup, params, samples)
@@ -282,6 +288,7 @@ def finish(setup: Setup, state: TrainState, workdir: Path, samples: Any) -> dict
         setup.tokenizer,
         eos_ids=special.eos_ids,
         pad_id=special.pad_id,
+        dtype=setup.save_dtype,
     )
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", REWARD_PANELS, title=workdir.name)
     if results["reliability"]:

@@ -34,7 +34,7 @@ from ppo_jax.planning import count_parameters, program_cost
 from ppo_jax.plots import plot_curves
 from ppo_jax.runs import refuse_non_finite, resume, write_json
 from ppo_jax.sft import SFTStep, make_sft_step
-from ppo_jax.sharding import Shardings, make_mesh, make_shardings
+from ppo_jax.sharding import Shardings, make_mesh, make_place, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, special_tokens
 from ppo_jax.types import Examples, Params, TrainState
 
@@ -55,6 +55,7 @@ class Setup(NamedTuple):
     state: TrainState  # before the first step
     step: SFTStep
     schedule: Any  # gradient step -> learning rate
+    save_dtype: str  # of the exported weights
 
 
 def prepare(settings: SFTExperiment) -> Setup:
@@ -94,14 +95,20 @@ def prepare(settings: SFTExperiment) -> Setup:
 
     model = Decoder(model_config)
     init_key, key = jax.random.split(jax.random.key(settings.seed))
-    params = jax.tree.map(jnp.asarray, hub.load_params(folder, model_config)) if folder else new_params(model, init_key)
+    save_dtype = settings.save_dtype
+    if folder:
+        params = hub.load_params(folder, model_config, make_place(mesh))
+        save_dtype = hub.load_dtype(folder) if save_dtype == "model" else save_dtype
+    else:
+        params = new_params(model, init_key)
+        save_dtype = "float32" if save_dtype == "model" else save_dtype
     schedule = make_schedule(settings.lr, settings.lr_schedule, settings.warmup_steps, settings.num_steps)
     tx = make_optimizer(schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
     state = fresh_state(params, tx, key)
     shardings = make_shardings(mesh, state)
     step = make_sft_step(model, tx, shardings, settings.accumulation)
     state = jax.device_put(state, shardings.state)
-    return Setup(settings, tokenizer, special, examples, heldout, model, shardings, state, step, schedule)
+    return Setup(settings, tokenizer, special, examples, heldout, model, shardings, state, step, schedule, save_dtype)
 
 
 def new_params(model: Decoder, key: jax.Array) -> Params:
@@ -277,7 +284,13 @@ def finish(setup: Setup, state: TrainState, workdir: Path) -> dict[str, Any]:
         state = load_best(workdir, state, best_step)
     params, special = jax.device_get(state.params), setup.special
     hub.save(
-        workdir / "model", params, setup.model.config, setup.tokenizer, eos_ids=special.eos_ids, pad_id=special.pad_id
+        workdir / "model",
+        params,
+        setup.model.config,
+        setup.tokenizer,
+        eos_ids=special.eos_ids,
+        pad_id=special.pad_id,
+        dtype=setup.save_dtype,
     )
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", SFT_PANELS, title=workdir.name)
     results = {"steps": steps, "best_step": best_step, "stopped": steps < setup.settings.num_steps}

@@ -12,6 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ppo_jax.errors import InputError
 
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+"""Files of which a folder with a tokenizer has one."""
+
 
 class TokenizerError(InputError):
     """A tokenizer that cannot be used as it is; the message says what is missing and which setting gives it."""
@@ -31,6 +34,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         TokenizerError: there is none, or it cannot be read.
     """
+    folder = Path(folder)
+    if folder.is_dir() and not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        # transformers would make an empty one, of special tokens only.
+        raise TokenizerError(
+            f"tokenizer: cannot load one from {folder}: there is no tokenizer.json, nor files that it is made of"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
@@ -76,7 +85,10 @@ def special_tokens(
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The message, in one line of some length, with the kind of an error that says next to nothing."""
+    told = " ".join(str(error).split())
+    told = told if " " in told else f"{type(error).__name__} {told}".strip()
+    return told if len(told) <= 300 else told[:300] + " ..."
 
 
 def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:

@@ -192,6 +192,7 @@ SERVICE = {"reward": "http://127.0.0.1:9/"}
 REFUSED_TRACKER = row("nothing")  # those that are known have packages of their own: test_metrics.py
 TRAINING = {
     "dtype": row("bfloat16"),
+    "save_dtype": "test_save_dtype.py::test_the_dtype_of_the_exported_weights",
     "pad_token": row("<unk>"),
     "eos_token": row("▁."),
     "trackers": REFUSED_TRACKER,

@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from experiments import generate
 from experiments.streaming import Watcher, cut_at, settled
 from ppo_jax import hub
-from ppo_jax.models import Decoder
+from ppo_jax.models import Decoder, LoRAConfig, init_adapter, merge, overlay
 from ppo_jax.tokenizers import load_tokenizer
 
 PROMPTS = ["the cat was", "a film", "the very old dog sat here", "the dog is"]
@@ -152,6 +152,26 @@ def test_a_conversation(model, run):
     assert done.err.count("tokens/s") == 3
     plain = run(*flags, "--nochat", text="the cat was\nthe cat was\n").out.splitlines()
     assert plain[0] == plain[1] != first
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_lies_over_the_model(model, run, answers_of, tmp_path, rng, dora):
+    """The answers of the merged weights; where the adapter is of another model, a line that says so."""
+    config, lora = hub.load_config(model), LoRAConfig(rank=2, targets="query|down", dora=dora)
+    base = hub.load_params(model, config)
+    adapter = jax.tree.map(
+        lambda x: x + rng.normal(size=x.shape).astype(np.float32), init_adapter(base, lora, jax.random.key(0))
+    )
+    hub.save_adapter(tmp_path / "adapter", adapter, lora, config)
+    merged = merge(overlay(base, adapter), lora.scale)
+    hub.save(tmp_path / "merged", jax.device_get(merged), config, load_tokenizer(model))
+    ours, plain = answers_of("--temperature=0", f"--adapter={tmp_path / 'adapter'}"), answers_of("--temperature=0")
+    theirs = answers_of(f"--model={tmp_path / 'merged'}", "--temperature=0")
+    assert [row["token_ids"] for row in ours] == [row["token_ids"] for row in theirs]
+    assert [row["logprobs"] for row in ours] != [row["logprobs"] for row in plain]
+    other = folders.make_folder(tmp_path / "other", config=folders.llama_config(21))
+    told = run(f"--model={other}", "--prompt=the", f"--adapter={tmp_path / 'adapter'}").error()
+    assert "adapter" in told
 
 
 def test_a_run_is_a_model(model, tmp_path):

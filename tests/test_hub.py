@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from families import CONFIGS, FAMILY_OF, SIZES
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from ppo_jax import hub
 from ppo_jax.hub import tensors
@@ -291,6 +291,8 @@ def test_rope_theta_of_transformers_4_and_5(llama, changes, theta):
         ({"torch_dtype": ..., "dtype": "float16"}, {"dtype": "float32", "param_dtype": "float32"}),
         # Options that are off, known or not.
         ({"pretraining_tp": 1, "rope_interleaved": False, "sliding_window": None, "use_magic": False}, {}),
+        ({"max_position_embeddings": ...}, {"max_positions": 2048}),
+        ({"pretraining_tp": 2, "max_sequence_length": 2048, "unk_token_id": 1, "_model_name_or_path": "a"}, {}),
         ({"attention_dropout": 0.1, "is_llama_config": True, "transformers.js_config": {"kv_cache_dtype": {}}}, {}),
     ],
 )
@@ -307,12 +309,35 @@ def test_llama_keys(llama, changes, expected):
         ({"activation_function": ..., "tie_word_embeddings": ...}, {}),
         ({"activation_function": "gelu"}, {"activation": "gelu"}),
         ({"n_ctx": 10, "resid_pdrop": 0.1, "summary_type": "cls_index", "task_specific_params": {"a": {}}}, {}),
+        ({"n_positions": ...}, {"max_positions": 1024}),
+        ({"predict_special_tokens": True, "output_past": True, "hidden_size": 8, "intermediate_size": 37}, {}),
         ({"reorder_and_upcast_attn": True, "scale_attn_weights": True, "add_cross_attention": False}, {}),
     ],
 )
 def test_gpt2_keys(gpt2, changes, expected):
     expected = dataclasses.replace(CONFIGS["gpt2"], family="gpt2", **expected)
     assert hub.load_config(edit_config(gpt2, **changes)) == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_absent_key_says_what_it_says_to_transformers(model_type, tmp_path):
+    """A file with all of their defaults, and the same without one key; a few keys must be there."""
+    defaults = CONFIG_MAPPING[model_type]().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(defaults))
+    whole, family = hub.load_config(tmp_path), FAMILIES[model_type]
+    read = {key.name for key in family.keys.values()}.union(*(codec.keys for codec in family.codecs))
+
+    def read_without(name: str) -> ModelConfig | str:
+        (tmp_path / "config.json").write_text(json.dumps({key: x for key, x in defaults.items() if key != name}))
+        try:
+            return hub.load_config(tmp_path)
+        except hub.HubError as error:
+            return str(error)
+
+    missing = {name for name in read & defaults.keys() if read_without(name) != whole}
+    assert len(missing) <= 5, missing
+    for name in missing:
+        assert f"config.json: {name} is missing" in str(read_without(name))
 
 
 def test_published_configurations_are_understood(tmp_path):
@@ -392,9 +417,8 @@ def test_configuration_that_is_not_text(tmp_path):
         ({"head_dim": 5}, "head_dim: got 5, expected an even number"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported, only gelu_new, .* relu"),
         ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
-        ({"pretraining_tp": 2}, "pretraining_tp: got 2, only 1 is supported"),
-        ({"pretraining_tp": [1]}, r"pretraining_tp: got \[1\], only 1 is supported"),
         ({"rope_interleaved": True}, "rope_interleaved: got True, only False is supported"),
+        ({"rope_interleaved": [True]}, r"rope_interleaved: got \[True\], only False is supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, expected 1"),
         ({"rope_scaling": {"type": "linear"}}, "config.json: factor is missing"),
         (
@@ -440,7 +464,11 @@ def test_configuration_that_is_not_text(tmp_path):
         ({"rope_scaling": ["linear"]}, r"rope_scaling: got \['linear'\], expected an object"),
         ({"sliding_window": 4096}, "not understood: 'sliding_window'; it may change what the model computes"),
         ({"attn_logit_softcapping": 30.0, "qk_norm": True}, "not understood: 'attn_logit_softcapping', 'qk_norm'"),
-        ({"quantization_config": {"bits": 4}}, "not understood: 'quantization_config'"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config: quantised weights are not supported",
+        ),
+        ({"quantization": {"group_size": 64}}, "quantization: quantised weights are not supported"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "not understood: 'auto_map'"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder: got True, only False is supported"),
         ({"is_causal": False}, "is_causal: got False, only True is supported"),
@@ -586,6 +614,16 @@ def test_a_stored_head_that_is_tied_must_be_the_embedding(folder, family):
     assert_same(load(folder), expected)
     edit_weights(folder, lambda tensors: tensors | {"lm_head.weight": tensors[name] + 1})
     refused("lm_head.weight is not the embedding, although tie_word_embeddings is true", load, folder)
+
+
+def test_a_tied_head_may_stand_for_the_embedding(folder, family):
+    """As safetensors' `save_model` leaves it: of tensors that share their memory it keeps one name."""
+    expected = load(folder)
+    name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+    edit_weights(folder, lambda tensors: tensors | {"lm_head.weight": tensors.pop(name)})
+    assert_same(load(folder), expected)
+    edit_weights(folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"][1:]})
+    refused("lm_head.weight: got shape", load, folder)
 
 
 def shard(folder: Path, count: int = 3) -> dict[str, str]:

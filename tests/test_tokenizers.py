@@ -10,6 +10,7 @@ import folders
 import numpy as np
 import pytest
 from tokenizers import normalizers, processors
+from transformers import AutoTokenizer
 
 from ppo_jax import hub
 from ppo_jax.errors import InputError
@@ -67,6 +68,26 @@ def test_a_folder_without_a_readable_tokenizer_is_refused_in_one_line(tmp_path, 
     assert "\n" not in str(error.value)
     assert isinstance(error.value, InputError)
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "gemma", "llama"])
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path, model_type):
+    """Of some families transformers makes one of special tokens only."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"there is no tokenizer\.json, nor files that it is made of"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_message_of_one_word_is_told_with_its_kind(tmp_path, monkeypatch):
+    folder = folders.make_folder(tmp_path / "model")
+
+    def fail(*_, **__):
+        raise KeyError("added_tokens")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(TokenizerError, match=r"KeyError 'added_tokens'$"):
+        load_tokenizer(folder)
 
 
 def test_code_in_a_folder_is_not_run(tmp_path):

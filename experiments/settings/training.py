@@ -9,6 +9,8 @@ from ppo_jax.metrics import KNOWN_TRACKERS
 from ppo_jax.models import ModelConfig
 from ppo_jax.optim import LR_SCHEDULES
 
+SAVE_DTYPES = ("model", "float32", "float16", "bfloat16")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
@@ -30,6 +32,9 @@ class TrainingSettings:
 
     checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
     dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
+    save_dtype: str = option(
+        "model", f"of the weights that are exported: {', '.join(SAVE_DTYPES)}; model: what the model's files have"
+    )
     pad_token: str = option("", "overrides the tokenizer's")
     eos_token: str = option("", "overrides the tokenizer's")
     trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
@@ -38,6 +43,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        check("save_dtype", self.save_dtype, self.save_dtype in SAVE_DTYPES, "one of " + ", ".join(SAVE_DTYPES))
         check_at_least(self, 1, "checkpoints_to_keep")
         for name in tracker_names(self.trackers):
             check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))

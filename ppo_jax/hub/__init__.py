@@ -7,7 +7,15 @@
 
 from ppo_jax.hub.errors import HubError
 from ppo_jax.hub.peft import load_adapter, save_adapter
-from ppo_jax.hub.reading import load_config, load_eos_ids, load_pad_id, load_params, load_reward_model, resolve
+from ppo_jax.hub.reading import (
+    load_config,
+    load_dtype,
+    load_eos_ids,
+    load_pad_id,
+    load_params,
+    load_reward_model,
+    resolve,
+)
 from ppo_jax.hub.value_head import load_value_head, save_value_head
 from ppo_jax.hub.writing import save, save_reward_model
 
@@ -15,6 +23,7 @@ __all__ = [
     "HubError",
     "load_adapter",
     "load_config",
+    "load_dtype",
     "load_eos_ids",
     "load_pad_id",
     "load_params",

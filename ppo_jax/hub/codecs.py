@@ -28,7 +28,7 @@ def nullable(field: str, name: str, kind: type, absent: Any) -> Codec:
     """A number whose null says none at all (our 0), which is not what an absent key says."""
 
     def read(raw: Raw, fields: Fields, where: object) -> dict[str, Any]:
-        switched_off = name in raw and raw[name] is None
+        switched_off = raw.get(name, absent) is None
         return {field: kind(0) if switched_off else read_key(raw, Key(name, kind, absent), where)}
 
     return Codec(frozenset({name}), read, lambda config: {name: getattr(config, field) or None})
@@ -44,18 +44,24 @@ def query_scalar(absent: int) -> Codec:
     return Codec(frozenset({name}), read, lambda config: {name: config.query_pre_attn_scalar or config.head_dim})
 
 
-def same_as_width(name: str) -> Codec:
-    """A second width, of which we compute only the one that is the same."""
+def same_as(field: str, name: str, written: bool = False) -> Codec:
+    """A key that may only say once more what a field is: another name of it, or a size that could differ elsewhere.
+
+    Args:
+        field: a field that is read before.
+        name: of the key.
+        written: whether our files have it.
+    """
 
     def read(raw: Raw, fields: Fields, where: object) -> dict[str, Any]:
-        if raw.get(name) not in (None, fields["width"]):
+        if raw.get(name) not in (None, fields[field]):
             told = reprlib.repr(raw[name])
             raise HubError(
-                f"{where}: {name}: got {told}, only the width of the layers ({fields['width']}) is supported"
+                f"{where}: {name}: got {told}, only the {field} of the layers ({fields[field]}) is supported"
             )
         return {}
 
-    return Codec(frozenset({name}), read, lambda config: {name: config.width})
+    return Codec(frozenset({name}), read, lambda config: {name: getattr(config, field)} if written else {})
 
 
 def gemma_activation(name: str, gelu_has_tanh: bool = False) -> Codec:

@@ -27,20 +27,24 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys of every family, with the values that we can compute."""
 
+QUANTISED = ("quantization_config", "quantization", "compression_config")
+"""Keys that say that the weights are not simply numbers."""
+
 MOST_LAYERS = 10_000
 """Beyond this a file lies, and lists that have an item for each layer are not made."""
 
 IRRELEVANT = words(
     # what the file is, and for whom
-    "model_type architectures transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash "
+    "model_type architectures transformers_version torch_dtype dtype name_or_path _name_or_path _model_name_or_path "
+    "_commit_hash internal_version "
     "_attn_implementation _attn_implementation_autoset _from_model_config transformers.js_config unsloth_version "
     "unsloth_fixed tokenizer_class",
     # how it is run and what is returned
     "use_cache output_hidden_states output_attentions return_dict torchscript use_bfloat16 is_decoder "
     "gradient_checkpointing chunk_size_feed_forward cache_implementation",
     # tokens and generation
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id task_specific_params prefix "
-    "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id task_specific_params "
+    "prefix max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
     "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences "
     "encoder_no_repeat_ngram_size bad_words_ids output_scores return_dict_in_generate forced_bos_token_id "
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
@@ -105,6 +109,9 @@ def read_config(raw: Mapping[str, Any], where: object, dtype: str, param_dtype: 
         HubError: a key that is missing, has a wrong type, or would change what is computed.
     """
     family = read_family(raw, where)
+    for name in QUANTISED:
+        if raw.get(name):
+            raise HubError(f"{where}: {name}: quantised weights are not supported, expected the model before it was so")
     known = {key.name for key in family.keys.values()}.union(*(codec.keys for codec in family.codecs))
     check_keys(raw, {**ONLY, **family.only}, IRRELEVANT | family.irrelevant | known, where)
     fields = {field: read_key(raw, key, where) for field, key in family.keys.items()}

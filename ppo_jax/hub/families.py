@@ -21,7 +21,7 @@ from ppo_jax.hub.codecs import (
     nullable,
     query_scalar,
     read_count,
-    same_as_width,
+    same_as,
     same_window,
     some_windows,
 )
@@ -53,13 +53,13 @@ GPT2 = Family(
         "num_heads": Key("n_head"),
         "width": Key("n_embd"),
         "mlp_width": Key("n_inner", default=None),  # null: 4 x n_embd
-        "max_positions": Key("n_positions"),
+        "max_positions": Key("n_positions", default=1024),
         "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
         "activation": Key("activation_function", str, "gelu_new"),
         "tie_embeddings": Key("tie_word_embeddings", bool, True),
         "init_std": Key("initializer_range", float, 0.02),
     },
-    codecs=(),
+    codecs=(same_as("width", "hidden_size"),),
     implied={
         "positions": "learned",
         "norm": "layernorm",
@@ -71,6 +71,9 @@ GPT2 = Family(
     irrelevant=words(
         "attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn",
         "n_ctx",  # an old copy of n_positions
+        "output_past predict_special_tokens",  # of older versions
+        # of other models, in folders that everybody's tests use
+        "attention_probs_dropout_prob hidden_act hidden_dropout_prob intermediate_size type_vocab_size",
         "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
     ),
 )
@@ -102,7 +105,7 @@ LLAMA = Family(
         "head_dim": Key("head_dim", default=None),  # null: hidden_size / num_attention_heads
         "width": Key("hidden_size"),
         "mlp_width": Key("intermediate_size"),
-        "max_positions": Key("max_position_embeddings"),
+        "max_positions": Key("max_position_embeddings", default=2048),
         "norm_eps": Key("rms_norm_eps", float, 1e-6),
         "activation": Key("hidden_act", str, "silu"),
         "attention_bias": Key("attention_bias", bool, False),
@@ -112,8 +115,9 @@ LLAMA = Family(
     },
     codecs=(rope_codec(),),
     implied={},
-    only={"pretraining_tp": (1,), "rope_interleaved": (False,)},
-    irrelevant=words("attention_dropout is_llama_config"),
+    only={"rope_interleaved": (False,)},
+    # pretraining_tp cut products in parts, in transformers 4; max_sequence_length is of the first conversions.
+    irrelevant=words("attention_dropout is_llama_config pretraining_tp max_sequence_length"),
 )
 
 _QK_NORMS = (
@@ -122,10 +126,16 @@ _QK_NORMS = (
 )
 _NO_BIASES = {field: key for field, key in LLAMA.keys.items() if field not in ("attention_bias", "mlp_bias")}
 
+
+def _positions(absent: int) -> dict[str, Key]:
+    """How long texts may be; a file without the key has the default of transformers."""
+    return {"max_positions": Key("max_position_embeddings", default=absent)}
+
+
 MISTRAL = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "MistralForCausalLM", RewardModel: "MistralForSequenceClassification"},
-    keys=_NO_BIASES,
+    keys={**_NO_BIASES, **_positions(131_072), "num_kv_heads": Key("num_key_value_heads", default=8)},
     codecs=(same_window(absent=4096), rope_codec()),
     only={},
     irrelevant=words("attention_dropout"),
@@ -141,7 +151,7 @@ _QWEN_CODECS = (some_windows(_qwen_window, "max_window_layers", switch=True, abs
 QWEN2 = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "Qwen2ForCausalLM", RewardModel: "Qwen2ForSequenceClassification"},
-    keys=_NO_BIASES,
+    keys={**_NO_BIASES, **_positions(32_768)},
     codecs=_QWEN_CODECS,
     implied={"attention_bias": True, "attention_output_bias": False},
     only={},
@@ -154,6 +164,7 @@ QWEN3 = dataclasses.replace(
     rows=(*LLAMA.rows, *_QK_NORMS),
     keys={
         **_NO_BIASES,
+        **_positions(32_768),
         "attention_bias": Key("attention_bias", bool, False),
         "head_dim": Key("head_dim", default=128),
     },
@@ -168,6 +179,7 @@ SMOLLM3 = dataclasses.replace(
     architectures={Decoder: "SmolLM3ForCausalLM", RewardModel: "SmolLM3ForSequenceClassification"},
     keys={
         **LLAMA.keys,
+        **_positions(32_768),
         "num_kv_heads": Key("num_key_value_heads", default=4),
         "tie_embeddings": Key("tie_word_embeddings", bool, True),
     },
@@ -207,7 +219,7 @@ PHI3 = dataclasses.replace(
         *linear("model.layers.{i}.self_attn.qkv_proj", "layer_{i}/attention/query+key+value"),
         *linear("model.layers.{i}.mlp.gate_up_proj", "layer_{i}/mlp/gate+up"),
     ),
-    keys={**_NO_BIASES, "norm_eps": Key("rms_norm_eps", float, 1e-5)},
+    keys={**_NO_BIASES, **_positions(4096), "norm_eps": Key("rms_norm_eps", float, 1e-5)},
     codecs=(
         same_window(absent=None),
         rope_codec(
@@ -226,6 +238,7 @@ GEMMA = dataclasses.replace(
     architectures={Decoder: "GemmaForCausalLM", RewardModel: "GemmaForSequenceClassification"},
     keys={
         **{field: key for field, key in _NO_BIASES.items() if field != "activation"},
+        **_positions(8192),
         "num_kv_heads": Key("num_key_value_heads", default=16),
         "head_dim": Key("head_dim", default=256),
         "attention_bias": Key("attention_bias", bool, False),
@@ -271,6 +284,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA2,
     architectures={Decoder: "Gemma3ForCausalLM", RewardModel: "Gemma3TextForSequenceClassification"},
     rows=(*GEMMA2.rows, *_QK_NORMS),
+    keys={**GEMMA2.keys, **_positions(131_072)},
     codecs=(
         gemma_activation("hidden_activation"),
         query_scalar(absent=256),
@@ -305,7 +319,7 @@ GPT_NEOX = Family(
         "num_heads": Key("num_attention_heads"),
         "width": Key("hidden_size"),
         "mlp_width": Key("intermediate_size"),
-        "max_positions": Key("max_position_embeddings"),
+        **_positions(2048),
         "norm_eps": Key("layer_norm_eps", float, 1e-5),
         "activation": Key("hidden_act", str, "gelu"),
         "attention_bias": Key("attention_bias", bool, True),
@@ -344,12 +358,12 @@ OPT = Family(
         "num_heads": Key("num_attention_heads"),
         "width": Key("hidden_size"),
         "mlp_width": Key("ffn_dim"),
-        "max_positions": Key("max_position_embeddings"),
+        **_positions(2048),
         "activation": Key("activation_function", str, "relu"),
         "tie_embeddings": Key("tie_word_embeddings", bool, True),
         "init_std": Key("init_std", float, 0.02),
     },
-    codecs=(same_as_width("word_embed_proj_dim"),),
+    codecs=(same_as("width", "word_embed_proj_dim", written=True),),
     implied={**GPT2.implied, "position_offset": 2},
     only={
         "do_layer_norm_before": (True,),  # 350m has its norms after the sum

@@ -1,5 +1,6 @@
 """Model folders in: find one, read its configuration, read its weights."""
 
+import collections
 import dataclasses
 import math
 import pathlib
@@ -34,7 +35,8 @@ _DOWNLOADED = [
     "adapter_config.json",
     "adapter_model.safetensors",
 ]
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What may be stored -> what it is written as again."""
 _PIECE = 2**22
 """Bytes of a tensor that are read at a time."""
 
@@ -114,6 +116,23 @@ def load_pad_id(folder: str | pathlib.Path) -> int | None:
     return pad_id
 
 
+def load_dtype(folder: str | pathlib.Path) -> str:
+    """The dtype that a folder's weights are stored with, most of them if not all: `float32`, `float16` or `bfloat16`.
+
+    Raises:
+        HubError: pickles only, a damaged file, or mostly no floats.
+    """
+    folder, sizes = existing(folder), collections.Counter[str]()
+    with open_weights(folder) as holders:
+        for name, file in holders.items():
+            header = file.get_slice(name)
+            sizes[header.get_dtype()] += math.prod(header.get_shape())
+    ((most, _),) = sizes.most_common(1) or [("nothing", 0)]
+    if most not in _FLOATS:
+        raise HubError(f"{folder}: got mostly dtype {most}, expected one of {', '.join(_FLOATS)}")
+    return _FLOATS[most]
+
+
 def load_params(folder: str | pathlib.Path, config: ModelConfig, place: Place | None = None) -> Params:
     """Reads the weights of a causal language model, one tensor at a time.
 
@@ -164,10 +183,13 @@ def _read_params(folder: pathlib.Path, model: Model, place: Place | None = None)
     with open_weights(folder) as holders:
         named = _by_full_name(family, holders, folder)
         _check_kind(model, named, folder)
-        tied = isinstance(model, Decoder) and model.config.tie_embeddings
-        copy = named.pop(family.head("lm_head"), None) if tied else None
         place = place or (lambda path, array: array)
         layout = file_layout(family, model, where=folder, limit=len(named))
+        tied = isinstance(model, Decoder) and model.config.tie_embeddings
+        copy = named.pop(family.head("lm_head"), None) if tied else None
+        embedding = next(tensor.name for tensor in layout if tensor.paths[0].endswith("embed/embedding"))
+        if copy is not None and embedding not in named:  # a file may have either of the two names, or both
+            named[embedding], copy = copy, None
         _check_names(family.architectures[type(model)], named, layout, folder)
         for tensor in layout:
             array = read_array(named[tensor.name], tensor, folder)

@@ -28,6 +28,7 @@ def save(
     eos_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
     bos_id: int | None = None,
+    dtype: str | None = None,
 ) -> pathlib.Path:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers open.
 
@@ -37,20 +38,22 @@ def save(
 
     Args:
         folder: where to; a model folder that stands there is replaced, with everything in it.
-        params: of a `Decoder`, float32, bfloat16 or float16; stored as they are.
+        params: of a `Decoder`.
         config: the model.
         tokenizer: anything with `save_pretrained(folder)`; without one, no tokenizer files are written.
         eos_ids: tokens that end a text; None: the tokenizer's. Likewise `pad_id` and `bos_id`.
+        dtype: `float32`, `float16` or `bfloat16`, which the weights are rounded to; None: what the embedding has.
 
     Returns:
         The folder, absolute.
 
     Raises:
-        HubError: no family can express the model, parameters that do not fit `config` or are not finite, a place that
-            holds something else than a model.
+        HubError: no family can express the model, parameters that do not fit `config` or are not finite (in `dtype`:
+            float16 ends at 65,504), another dtype, a place that holds something else than a model.
     """
     ids = _token_ids(tokenizer, eos_ids, pad_id, bos_id)
-    return replace_folder(folder, "config.json", lambda new: _write(new, params, Decoder(config), tokenizer, ids))
+    model = Decoder(config)
+    return replace_folder(folder, "config.json", lambda new: _write(new, params, model, tokenizer, ids, dtype))
 
 
 def save_reward_model(
@@ -62,6 +65,7 @@ def save_reward_model(
     eos_ids: Sequence[int],
     pad_id: int,
     bos_id: int | None = None,
+    dtype: str | None = None,
 ) -> pathlib.Path:
     """Writes a folder that `AutoModelForSequenceClassification` of transformers opens, and scores with alike.
 
@@ -70,12 +74,13 @@ def save_reward_model(
 
     Args:
         folder: as `save`.
-        params: of a `RewardModel`; stored as they are.
+        params: of a `RewardModel`.
         config: the model; `tie_embeddings` does not matter.
         tokenizer: as `save`; where it pads, it must pad with `pad_id`.
         eos_ids: tokens that end a text.
         pad_id: the id by which the scored token is found; transformers scores no batches without one.
         bos_id: None: the tokenizer's.
+        dtype: as `save`; the score head is stored in float32 in any case.
 
     Returns:
         The folder, absolute.
@@ -90,7 +95,7 @@ def save_reward_model(
         raise HubError(f"save: pad_id: got {pad_id}, expected {theirs}, with which the tokenizer pads")
     model = RewardModel(dataclasses.replace(config, tie_embeddings=True))
     ids = _token_ids(tokenizer, eos_ids, pad_id, bos_id)
-    return replace_folder(folder, "config.json", lambda new: _write(new, params, model, tokenizer, ids))
+    return replace_folder(folder, "config.json", lambda new: _write(new, params, model, tokenizer, ids, dtype))
 
 
 def replace_folder(folder: str | pathlib.Path, mark: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
@@ -152,16 +157,23 @@ def _token_ids(
     return ids
 
 
-def _write(folder: pathlib.Path, params: Params, model: Model, tokenizer: Any, token_ids: Mapping[str, Any]) -> None:
+def _write(
+    folder: pathlib.Path,
+    params: Params,
+    model: Model,
+    tokenizer: Any,
+    token_ids: Mapping[str, Any],
+    dtype: str | None,
+) -> None:
     flat = flatten(params)
     shapes, expected = ({path: tuple(x.shape) for path, x in tree.items()} for tree in (flat, param_shapes(model)))
     misfits = dict(shapes.items() ^ expected.items())
     if misfits:
         raise HubError(f"save: parameters that do not fit the configuration: {listed(misfits)}")
-    embedding = params.get("decoder", params)["embed"]["embedding"]
-    raw = write_config(model, np.dtype(embedding.dtype).name, token_ids)
+    dtype = dtype or np.dtype(params.get("decoder", params)["embed"]["embedding"].dtype).name
+    raw = write_config(model, dtype, token_ids)
     layout = file_layout(FAMILIES[raw["model_type"]], model, where="save")
-    write_shards(folder, {tensor.name: _writable(tensor, flat) for tensor in layout})
+    write_shards(folder, {tensor.name: _writable(tensor, flat, dtype) for tensor in layout})
     files: dict[str, Mapping[str, Any]] = {"config.json": raw}
     if isinstance(model, Decoder):  # a classifier generates nothing
         files["generation_config.json"] = token_ids
@@ -171,11 +183,14 @@ def _write(folder: pathlib.Path, params: Params, model: Model, tokenizer: Any, t
         tokenizer.save_pretrained(str(folder))
 
 
-def _writable(tensor: Tensor, flat: Mapping[str, Any]) -> Writable:
+def _writable(tensor: Tensor, flat: Mapping[str, Any], dtype: str) -> Writable:
+    stored = np.dtype("float32" if tensor.paths[0].startswith("score_head/") else dtype)
+
     def read() -> np.ndarray:
-        array = tensor.join([np.asarray(flat[path]) for path in tensor.paths])
+        with np.errstate(over="ignore"):  # told below
+            array = tensor.join([np.asarray(flat[path]) for path in tensor.paths]).astype(stored, copy=False)
         if not np.isfinite(array).all():
-            raise HubError(f"save: {', '.join(tensor.paths)}: values that are not finite numbers")
+            raise HubError(f"save: {', '.join(tensor.paths)}: values that are not finite numbers in {stored.name}")
         return array.T if tensor.transposed else array
 
-    return Writable(tensor.stored_shape, np.dtype(flat[tensor.paths[0]].dtype), read)
+    return Writable(tensor.stored_shape, stored, read)
