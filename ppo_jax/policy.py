@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.config import PPOConfig
-from ppo_jax.models import ActorCritic, Decoder, causal_mask, overlay, positions_of
+from ppo_jax.models import ActorCritic, Decoder, causal_mask, overlay, positions_of, run_trunk
 from ppo_jax.numerics import chunked_kl, chunked_logprobs_and_entropy
 from ppo_jax.sampling import SamplingConfig, generate, policy_logits
 from ppo_jax.sharding import minibatches
@@ -55,10 +55,13 @@ def by_minibatch(function: Callable[[Rollout], Tree], rollout: Rollout, num: int
 
 def response_hidden(model: ActorCritic | Decoder, params: Params, rollout: Rollout) -> jax.Array:
     """The trunk's state from which each response token is predicted, `[B, R, D]`: that of the token before it."""
-    hidden, _ = model.apply(
-        {"params": params}, rollout.tokens, positions_of(rollout.mask), causal_mask(rollout.mask), method="trunk"
-    )
-    return hidden[:, -rollout.logprobs.shape[1] - 1 : -1]
+    return response_trunk(model, params, rollout)[0]
+
+
+def response_trunk(model: ActorCritic | Decoder, params: Params, rollout: Rollout) -> tuple[jax.Array, list[jax.Array]]:
+    """`response_hidden`, and what the routers of experts say of all tokens; see `run_trunk`."""
+    hidden, routed = run_trunk(model, params, rollout.tokens, positions_of(rollout.mask), causal_mask(rollout.mask))
+    return hidden[:, -rollout.logprobs.shape[1] - 1 : -1], routed
 
 
 def response_logprobs(

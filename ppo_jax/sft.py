@@ -8,7 +8,7 @@ import optax
 from jax.stages import Wrapped  # what jax.jit returns
 
 from ppo_jax.losses import next_token_loss
-from ppo_jax.models import Decoder, segment_mask, segment_positions
+from ppo_jax.models import Decoder, load_balance, run_trunk, segment_mask, segment_positions
 from ppo_jax.numerics import chunked_logprobs_and_entropy
 from ppo_jax.sharding import Shardings, minibatches
 from ppo_jax.types import Examples, Metrics, Params, TrainState
@@ -20,19 +20,19 @@ def token_logprobs(model: Decoder, params: Params, batch: Examples) -> jax.Array
     Returns:
         `[B, S - 1]` float32 nats; arbitrary (finite) where `predicted(batch)` is False.
     """
-    hidden, _ = model.apply(
-        {"params": params},
-        batch.tokens,
-        segment_positions(batch.segments),
-        segment_mask(batch.segments),
-        method="trunk",
+    return _logprobs_and_routes(model, params, batch)[0]
+
+
+def _logprobs_and_routes(model: Decoder, params: Params, batch: Examples) -> tuple[jax.Array, list[jax.Array]]:
+    hidden, routed = run_trunk(
+        model, params, batch.tokens, segment_positions(batch.segments), segment_mask(batch.segments)
     )
 
     def project(hidden: jax.Array, positions: jax.Array) -> jax.Array:
         del positions  # the same rule everywhere
         return model.apply({"params": params}, hidden, method="logits")
 
-    return chunked_logprobs_and_entropy(project, hidden[:, :-1], batch.tokens[:, 1:], chunk_size=32)[0]
+    return chunked_logprobs_and_entropy(project, hidden[:, :-1], batch.tokens[:, 1:], chunk_size=32)[0], routed
 
 
 def predicted(batch: Examples) -> jax.Array:
@@ -41,8 +41,12 @@ def predicted(batch: Examples) -> jax.Array:
 
 
 def sft_loss(params: Params, model: Decoder, batch: Examples) -> tuple[jax.Array, Metrics]:
-    """Mean negative log-likelihood of the target tokens, and its `perplexity`."""
-    return next_token_loss(token_logprobs(model, params, batch), predicted(batch))
+    """Mean negative log-likelihood of the target tokens, and its `perplexity`; of experts also the `load_balance`."""
+    logprobs, routed = _logprobs_and_routes(model, params, batch)
+    loss, metrics = next_token_loss(logprobs, predicted(batch))
+    if routed:
+        metrics["load_balance"] = load_balance(routed, model.config.experts_per_token, batch.mask)
+    return loss, metrics
 
 
 class SFTStep(NamedTuple):
@@ -72,17 +76,21 @@ def make_sft_step(
     def learn(state: TrainState, batch: Examples) -> tuple[TrainState, Metrics]:
         num_targets = jnp.sum(predicted(batch))
 
-        def share_of_loss(params: Params, part: Examples) -> jax.Array:
-            return sft_loss(params, model, part)[0] * (jnp.sum(predicted(part)) / jnp.maximum(num_targets, 1))
+        def share_of_loss(params: Params, part: Examples) -> tuple[jax.Array, Metrics]:
+            loss, metrics = sft_loss(params, model, part)
+            return loss * (jnp.sum(predicted(part)) / jnp.maximum(num_targets, 1)), metrics
 
-        def add(sums: tuple[jax.Array, Params], part: Examples) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(share_of_loss)(state.params, part)), None
+        def add(sums: tuple[jax.Array, Params], part: Examples) -> tuple[tuple[jax.Array, Params], Metrics]:
+            (loss, metrics), grads = jax.value_and_grad(share_of_loss, has_aux=True)(state.params, part)
+            return jax.tree.map(jnp.add, sums, (loss, grads)), metrics
 
         zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(add, zeros, minibatches(batch, accumulation))
+        (loss, grads), parts = jax.lax.scan(add, zeros, minibatches(batch, accumulation))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"sft/loss": loss, "sft/perplexity": jnp.exp(loss), "optim/grad_norm": optax.tree.norm(grads)}
+        if "load_balance" in parts:
+            metrics["router/load_balance"] = jnp.mean(parts["load_balance"])
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def measure(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:

@@ -23,6 +23,9 @@ AXES = ("data", "fsdp", "tensor")
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed|positions)/embedding$", P("tensor", "fsdp")),
+    (r"router/kernel$", P("fsdp", None)),
+    (r"expert_(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [experts, in, out]
+    (r"expert_down/kernel$", P(None, "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
     (r"(output|down)/kernel$", P("tensor", "fsdp")),

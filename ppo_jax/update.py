@@ -10,10 +10,10 @@ import optax
 from ppo_jax.experience import Method, token_kl
 from ppo_jax.guard import broken_leaves, is_broken
 from ppo_jax.losses import aggregation_weights, ratio_metrics
-from ppo_jax.models import ActorCritic
+from ppo_jax.models import ActorCritic, load_balance
 from ppo_jax.numerics import masked_whiten
 from ppo_jax.optim import noise_scale
-from ppo_jax.policy import policy_params, response_hidden, response_kl, response_logprobs, response_values
+from ppo_jax.policy import policy_params, response_kl, response_logprobs, response_trunk, response_values
 from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sft import predicted, token_logprobs
 from ppo_jax.sharding import Shardings, minibatches
@@ -66,11 +66,11 @@ def ppo_loss(
         sampling: the policy's distribution.
 
     Returns:
-        (loss `[]`, `policy/*` and `value/*` metrics, and as `broken/*` what is not finite).
+        (loss `[]`, `policy/*`, `value/*` and `router/*` metrics, and as `broken/*` what is not finite).
     """
     config, data, mask = method.config, batch.experience, batch.experience.response_mask
     params = policy_params(params, ref_params)
-    hidden = response_hidden(model, params, data)
+    hidden, routed = response_trunk(model, params, data)
     logprobs, entropy = response_logprobs(model, params, hidden, data, sampling)
 
     def mean(x: jax.Array) -> jax.Array:
@@ -97,6 +97,8 @@ def ppo_loss(
         metrics["ptx_loss"] = -jnp.sum(batch.text_weights * text_logprobs, where=predicted(batch.texts))
         loss += config.ptx_coef * metrics["ptx_loss"]
     metrics = {f"policy/{name}": x for name, x in metrics.items()}
+    if routed:
+        metrics["router/load_balance"] = load_balance(routed, model.config.experts_per_token, data.mask)
     broken_value = jnp.array(False)
     if method.critic:
         values = response_values(model, params, hidden, data)
@@ -130,7 +132,7 @@ def gradient(
 
 def is_share(name: str) -> bool:
     """Whether a metric of a part of a minibatch is its share of a mean over the whole."""
-    return not name.endswith(("_max", "_min", "_dev")) and not name.startswith(("broken/", "noise/"))
+    return not name.endswith(("_max", "_min", "_dev")) and not name.startswith(("broken/", "noise/", "router/"))
 
 
 def gathered(name: str, x: jax.Array, valid: jax.Array) -> jax.Array:

@@ -37,6 +37,11 @@ CONFIGS = {
     "qwen3_untied": ModelConfig(**SIZES, attention_bias=True, qk_norm="head", tie_embeddings=False),
     "mistral": ModelConfig(**SIZES, num_kv_heads=2, layer_windows=(5, 5), family="mistral"),
     "mistral_without_windows": ModelConfig(**SIZES, family="mistral"),
+    "mixtral": ModelConfig(**SIZES, num_kv_heads=2, num_experts=4, experts_per_token=2, tie_embeddings=False),
+    "mixtral_window": ModelConfig(**SIZES, num_experts=3, experts_per_token=1, layer_windows=(5, 5)),
+    "qwen3_moe": ModelConfig(
+        **SIZES, head_dim=6, qk_norm="head", num_experts=5, experts_per_token=3, normalize_experts=False
+    ),
     "qwen2_window": ModelConfig(**SIZES, attention_bias=True, attention_output_bias=False, layer_windows=(0, 3)),
     "qwen3_yarn": ModelConfig(**SIZES, head_dim=6, qk_norm="head", rope_scaling=YarnScaling(4.0, 8, 1.1, 16.0, 2.0)),
     "llama3": ModelConfig(**SIZES, head_dim=6, rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192)),
@@ -64,7 +69,8 @@ CONFIGS = {
 }
 FAMILY_OF = {  # the first one that can express it; the rest is named as its family
     "gpt2_untied": "gpt2", "llama_untied": "llama", "qwen3_untied": "qwen3", "mistral_without_windows": "mistral",
-    "qwen2_window": "qwen2", "qwen3_yarn": "qwen3", "llama3": "llama", "llama_linear": "llama",
-    "smollm3_window": "smollm3", "phi3_long": "phi3", "gemma_exact_gelu": "gemma", "gemma2_without_caps": "gemma2",
+    "mixtral_window": "mixtral", "qwen2_window": "qwen2", "qwen3_yarn": "qwen3", "llama3": "llama",
+    "llama_linear": "llama", "smollm3_window": "smollm3", "phi3_long": "phi3",
+    "gemma_exact_gelu": "gemma", "gemma2_without_caps": "gemma2",
     "gemma3": "gemma3_text", "gpt_neox_in_sequence": "gpt_neox",
 }  # fmt: skip

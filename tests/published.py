@@ -39,6 +39,13 @@ QWEN = {
     "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
     "use_sliding_window": False, "attention_dropout": 0.0, "max_window_layers": 70, "sliding_window": 131072,
 }  # fmt: skip
+MOE = {
+    "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu",
+    "max_position_embeddings": 40960, "mlp_only_layers": [], "norm_topk_prob": True, "num_experts": 128,
+    "num_experts_per_tok": 8, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}  # fmt: skip
 GEMMA2 = {
     "head_dim": 128, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
     "max_position_embeddings": 8192, "query_pre_attn_scalar": 144, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
@@ -92,6 +99,26 @@ PUBLISHED = {
         _config(
             "qwen3", 36, 4096, 12288, 32, 8, 151936, **QWEN | {"sliding_window": None}, head_dim=128,
             attention_bias=False, rope_scaling=None, tie_word_embeddings=False,
+        ),
+    ),
+    "Qwen/Qwen3-30B-A3B": Published(
+        30_532_122_624,
+        _config(
+            "qwen3_moe", 48, 2048, 6144, 32, 4, 151936, **MOE, moe_intermediate_size=768, max_window_layers=48
+        ),
+    ),
+    "Qwen/Qwen3-235B-A22B": Published(
+        235_093_634_560,
+        _config(
+            "qwen3_moe", 94, 4096, 12288, 64, 4, 151936, **MOE, moe_intermediate_size=1536, max_window_layers=94
+        ),
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": Published(
+        46_702_792_704,
+        _config(
+            "mixtral", 32, 4096, 14336, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2, rms_norm_eps=1e-05,
+            rope_theta=1000000.0, sliding_window=None, max_position_embeddings=32768, output_router_logits=False,
+            router_aux_loss_coef=0.02, attention_dropout=0.0, hidden_act="silu", tie_word_embeddings=False,
         ),
     ),
     "HuggingFaceTB/SmolLM3-3B": Published(

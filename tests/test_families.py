@@ -69,6 +69,10 @@ def test_two_iterations_and_a_resume(family, world, tokenizer, tmp_path, capsys,
     assert [row["iteration"] for row in rows] == [0, 1]
     assert all(row["policy/first_ratio_dev"] <= 1e-4 for row in rows)
     assert rows[1]["objective/kl"] != 0  # the first update has moved it
+    for row in rows:
+        assert ("router/load_balance" in row) == bool(config.num_experts)
+        # Between that of all experts alike and that of one choice for all, but for how far a router is from even.
+        assert 0.9 * config.experts_per_token <= row.get("router/load_balance", 0.0) <= config.num_experts
 
     bits = [folders.bits(folders.saved_state(tmp_path / workdir)) for workdir in ("whole", "resumed")]
     assert bits[0] == bits[1]

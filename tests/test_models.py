@@ -180,6 +180,28 @@ def oracle_attention(xs, p, config, layer, slots):
     return out
 
 
+def oracle_mlp(x, p, config):
+    up = oracle_dense(x, p["up"])
+    if config.gated_mlp:
+        inner = oracle_activation(oracle_dense(x, p["gate"]), config.activation) * up
+    else:
+        inner = oracle_activation(up, config.activation)
+    return oracle_dense(inner, p["down"])
+
+
+def oracle_experts(x, p, config):
+    """Every expert apart; those with the greatest weights add up."""
+    scores = np.exp(oracle_dense(x, p["router"]))
+    weights = dict(enumerate(scores / scores.sum()))
+    chosen = sorted(weights, key=weights.get, reverse=True)[: config.experts_per_token]
+    whole = sum(weights[e] for e in chosen) if config.normalize_experts else 1.0
+    y = np.zeros(config.width)
+    for e in chosen:
+        one = {name: {"kernel": p[f"expert_{name}"]["kernel"][e]} for name in ("gate", "up", "down")}
+        y += weights[e] / whole * oracle_mlp(x, one, config)
+    return y
+
+
 def oracle_logits(params, tokens, config, slots) -> np.ndarray:
     """Logits [T, V] of one sequence without padding, which stands in so many slots."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -199,12 +221,8 @@ def oracle_logits(params, tokens, config, slots) -> np.ndarray:
         xs = [x + normed(y, "attention_post_norm") for x, y in zip(xs, attended, strict=True)]
         for t, x in enumerate(xs):
             h = normed(before[t] if config.parallel_residual else x, "mlp_norm")
-            up = oracle_dense(h, p["mlp"]["up"])
-            if config.gated_mlp:
-                inner = oracle_activation(oracle_dense(h, p["mlp"]["gate"]), config.activation) * up
-            else:
-                inner = oracle_activation(up, config.activation)
-            xs[t] = x + normed(oracle_dense(inner, p["mlp"]["down"]), "mlp_post_norm")
+            inner = (oracle_experts if config.num_experts else oracle_mlp)(h, p["mlp"], config)
+            xs[t] = x + normed(inner, "mlp_post_norm")
     hidden = np.array([oracle_norm(x, params["final_norm"], config) for x in xs])
     logits = hidden @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
     return np.vectorize(oracle_cap)(logits, config.final_softcap)
@@ -249,6 +267,10 @@ VARIANTS = {
     "gpt_neox": {**GPT2_LIKE, "positions": "rotary", "head_dim": 8, "rotary_dim": 4, "parallel_residual": True},
     "gemma_in_parallel": {**GEMMA_LIKE, "parallel_residual": True},
     "opt": {**GPT2_LIKE, "position_offset": 2, "activation": "relu"},
+    "mixtral": {"num_experts": 4, "experts_per_token": 2},
+    "qwen3_moe": {"num_experts": 5, "experts_per_token": 3, "normalize_experts": False, "qk_norm": "head"},
+    "one_expert_of_many": {"num_experts": 9, "experts_per_token": 1, "activation": "gelu"},
+    "all_experts": {"num_experts": 3, "norm_placement": "both"},
     "learned_rmsnorm_gated": {"positions": "learned", "activation": "relu", "mlp_bias": True},
 }
 
@@ -525,6 +547,12 @@ def test_config_fills_in_what_follows():
             {"rope_theta": 1.0, "rope_scaling": YarnScaling(2.0, 4, 1.0)},
             "rope_theta: got 1.0, expected more than 1 for Y",
         ),
+        ({"num_experts": -1}, "num_experts: got -1, expected 0 or a positive number"),
+        ({"num_experts": 2, "experts_per_token": 3}, r"experts_per_token: got 3, expected at most num_experts \(2\)"),
+        ({"experts_per_token": 1}, r"experts_per_token: got 1, expected at most num_experts \(0\)"),
+        ({"normalize_experts": False}, "normalize_experts: got False, expected True without experts"),
+        ({"num_experts": 2, "gated_mlp": False}, "gated_mlp: got False, expected True with experts"),
+        ({"num_experts": 2, "mlp_bias": True}, "mlp_bias: got True, expected False with experts"),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype: got 'int8'"),
     ],

@@ -57,6 +57,7 @@ FURTHER = {
     "gpt_neox": dataclasses.replace(
         GPT2, positions="rotary", rotary_dim=4, parallel_residual=True, rope_scaling=YarnScaling(2.0, 8, 1.1, 4.0)
     ),
+    "mixtral": dataclasses.replace(FAMILIES["llama"], num_experts=3, experts_per_token=2, qk_norm="head"),
     "opt": dataclasses.replace(GPT2, position_offset=2, activation="relu"),
     "phi3_long": dataclasses.replace(FAMILIES["llama"], rope_scaling=LongScaling((1.0, 1.5), (2.0, 3.0), 15, 1.1)),
 }

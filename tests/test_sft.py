@@ -14,10 +14,10 @@ import pytest
 from small import MODELS, V, assert_consumed, random_params
 
 from ppo_jax.examples import Texts, make_rows
-from ppo_jax.models import Decoder
+from ppo_jax.models import Decoder, load_balance, run_trunk, segment_mask, segment_positions
 from ppo_jax.optim import fresh_state, make_optimizer
 from ppo_jax.sft import SFTStep, make_sft_step, sft_loss, token_logprobs
-from ppo_jax.sharding import make_mesh, make_shardings
+from ppo_jax.sharding import make_mesh, make_shardings, minibatches
 from ppo_jax.types import Examples
 
 S = 40  # more than a chunk of 32 logits
@@ -160,6 +160,27 @@ def test_eight_devices_take_the_same_steps_as_one(rng, one_device):
         results.append(jax.device_get((state.params, history, step.measure(state.params, place(batches[0])))))
     # Sums in another order, rounded by 1e-7; Adam divides by at least 1e-3 and multiplies by the rate of 1e-2.
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_the_load_balance_of_experts_is_reported(rng):
+    """Of the tokens that are there, before the step; in parts, their mean."""
+    config = dataclasses.replace(LLAMA, num_experts=4, experts_per_token=2)
+    model, batch = Decoder(config), examples(rng)
+    params = random_params(rng, config)["decoder"]
+    tx = make_optimizer(optax.constant_schedule(1e-2), eps=1e-3)
+    shardings = make_shardings(make_mesh(), jax.eval_shape(lambda: fresh_state(params, tx, jax.random.key(0))))
+
+    def balance(part: Examples) -> float:
+        where = segment_positions(part.segments), segment_mask(part.segments)
+        return float(load_balance(run_trunk(model, params, part.tokens, *where)[1], 2, part.mask))
+
+    for parts in (1, 2):
+        state = jax.device_put(fresh_state(jax.tree.map(jnp.array, params), tx, jax.random.key(0)), shardings.state)
+        step = make_sft_step(model, tx, shardings, parts)
+        _, metrics = step.learn(state, jax.device_put(batch, shardings.batch))
+        cut = [jax.tree.map(lambda x, i=i: x[i], minibatches(batch, parts)) for i in range(parts)]
+        expected = np.mean([balance(part) for part in cut])
+        np.testing.assert_allclose(metrics["router/load_balance"], expected, rtol=1e-5)
 
 
 # Several texts to a row

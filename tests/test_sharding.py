@@ -34,7 +34,8 @@ from ppo_jax.types import TrainState
 # A vocabulary that an axis of two divides, so that every matrix is cut.
 GPT2, LLAMA = (dataclasses.replace(MODELS[name], num_layers=1, vocab_size=40) for name in ("gpt2", "llama"))
 UNTIED = dataclasses.replace(LLAMA, tie_embeddings=False, attention_bias=True, mlp_bias=True)
-STYLES = {"gpt2": GPT2, "llama": LLAMA, "untied": UNTIED}
+EXPERTS = dataclasses.replace(LLAMA, num_experts=3, experts_per_token=2)
+STYLES = {"gpt2": GPT2, "llama": LLAMA, "untied": UNTIED, "experts": EXPERTS}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ MANY = dataclasses.replace(
 )
 
 
-def train(mesh, config=CONFIG, iterations: int = 2, texts=None, trained=lambda decoder: decoder):
+def train(mesh, config=CONFIG, iterations: int = 2, texts=None, trained=lambda decoder: decoder, model=LLAMA):
     """(bench, state, one entry of (metrics, experience, scores) an iteration)."""
     traced = []
 
@@ -211,7 +212,7 @@ def train(mesh, config=CONFIG, iterations: int = 2, texts=None, trained=lambda d
 
     rng = np.random.default_rng(3)
     bench = make_bench(
-        random_params(rng, LLAMA), LLAMA, config, eos_ids=range(1, 7), mesh=mesh, score=score, trained=trained
+        random_params(rng, model), model, config, eos_ids=range(1, 7), mesh=mesh, score=score, trained=trained
     )
     # The sums of a device alone are far from those of all: half of the rows have prompts of one token.
     prompts = [bench.prompts(rng, sizes=(4, 4, 4, 4, 1, 1, 1, 1)) for _ in range(iterations)]
@@ -227,9 +228,10 @@ def train(mesh, config=CONFIG, iterations: int = 2, texts=None, trained=lambda d
     return bench, state, history
 
 
-def test_eight_devices_train_as_one_does():
-    _, state, history = train((1, 1, 1))
-    bench, split_state, split_history = train((2, 2, 2))
+@pytest.mark.parametrize("model", [LLAMA, EXPERTS], ids=["llama", "experts"])
+def test_eight_devices_train_as_one_does(model):
+    _, state, history = train((1, 1, 1), model=model)
+    bench, split_state, split_history = train((2, 2, 2), model=model)
     for (metrics, experience, scores), (split_metrics, split_experience, split_scores) in zip(
         jax.device_get(history), jax.device_get(split_history), strict=True
     ):

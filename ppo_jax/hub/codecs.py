@@ -64,6 +64,18 @@ def same_as(field: str, name: str, written: bool = False) -> Codec:
     return Codec(frozenset({name}), read, lambda config: {name: getattr(config, field)} if written else {})
 
 
+def either(field: str, first: str, second: str, absent: int) -> Codec:
+    """A number that has two names, which say the same if both are there; the first one is written."""
+
+    def read(raw: Raw, fields: Fields, where: object) -> dict[str, Any]:
+        said = {name: read_key(raw, Key(name), where) for name in (first, second) if raw.get(name) is not None}
+        if len({*said.values()}) > 1:
+            raise HubError(f"{where}: {first} is {said[first]} and {second} is {said[second]}, expected the same")
+        return {field: next(iter(said.values()), absent)}
+
+    return Codec(frozenset({first, second}), read, lambda config: {first: getattr(config, field)})
+
+
 def gemma_activation(name: str, gelu_has_tanh: bool = False) -> Codec:
     """The activation, spelled as vLLM wants it of Gemma.
 

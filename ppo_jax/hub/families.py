@@ -17,6 +17,7 @@ from ppo_jax.hub.codecs import (
     UNROTATED,
     Fields,
     Raw,
+    either,
     gemma_activation,
     nullable,
     query_scalar,
@@ -25,7 +26,7 @@ from ppo_jax.hub.codecs import (
     same_window,
     some_windows,
 )
-from ppo_jax.hub.family import Family, conv1d, embedding, linear, norm, without
+from ppo_jax.hub.family import Family, Row, conv1d, embedding, linear, norm, without
 from ppo_jax.hub.keys import Key, words
 from ppo_jax.hub.rope import rope_codec
 from ppo_jax.models import Decoder, RewardModel
@@ -172,6 +173,56 @@ QWEN3 = dataclasses.replace(
     implied={"qk_norm": "head"},
     only={},
     irrelevant=words("attention_dropout"),
+)
+
+
+def _experts(router: str, expert: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """The rows of Llama with a mixture of experts, whose names these are within a layer."""
+    projections = {"gate": gate, "up": up, "down": down}
+    return (
+        *without(LLAMA.rows, "gate", "up", "down"),
+        *linear(f"model.layers.{{i}}.{router}", "layer_{i}/mlp/router"),
+        *(
+            row
+            for ours, theirs in projections.items()
+            for row in linear(f"model.layers.{{i}}.{expert}.{{j}}.{theirs}", f"layer_{{i}}/mlp/expert_{ours}")
+        ),
+    )
+
+
+MIXTRAL = dataclasses.replace(
+    MISTRAL,
+    architectures={Decoder: "MixtralForCausalLM", RewardModel: "MixtralForSequenceClassification"},
+    rows=_experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
+    keys={
+        **MISTRAL.keys,
+        "num_experts": Key("num_local_experts", default=8),
+        "experts_per_token": Key("num_experts_per_tok", default=2),
+        "norm_eps": Key("rms_norm_eps", float, 1e-5),
+    },
+    codecs=(same_window(absent=None), rope_codec(theta=1_000_000.0)),
+    irrelevant=words("attention_dropout router_aux_loss_coef output_router_logits router_jitter_noise"),
+)
+
+QWEN3_MOE = dataclasses.replace(
+    QWEN3,
+    architectures={Decoder: "Qwen3MoeForCausalLM", RewardModel: "Qwen3MoeForSequenceClassification"},
+    rows=(*_experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"), *_QK_NORMS),
+    keys={
+        **QWEN3.keys,
+        "num_kv_heads": Key("num_key_value_heads", default=4),
+        "head_dim": Key("head_dim", default=None),
+        "mlp_width": Key("moe_intermediate_size", default=768),
+        "experts_per_token": Key("num_experts_per_tok", default=8),
+        "normalize_experts": Key("norm_topk_prob", bool, False),
+    },
+    codecs=(either("num_experts", "num_experts", "num_local_experts", absent=128), rope_codec()),
+    # Layers without experts, of which no model was published.
+    only={"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)},
+    irrelevant=words(
+        "attention_dropout router_aux_loss_coef output_router_logits sliding_window max_window_layers",
+        "intermediate_size",  # of layers without experts
+    ),
 )
 
 SMOLLM3 = dataclasses.replace(
@@ -380,6 +431,8 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
     "phi3": PHI3,

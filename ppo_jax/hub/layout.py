@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ class Tensor(NamedTuple):
     cuts: tuple[int, ...]  # where one part ends and the next begins
     dtype: np.dtype  # of our parameters
     heads: int = 0  # parts of equal size stand head by head; 0: side by side
+    expert: int | None = None  # of which this is the part of our parameter, along its first axis
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -74,10 +76,12 @@ def file_layout(family: Family, model: Model, where: object, limit: float = math
         limit: how many tensors there can be: said before anything as large as a strange configuration claims is built.
 
     Raises:
-        HubError: more layers than `limit`, or a parameter that has no row in the table.
+        HubError: more layers or experts than `limit`, or a parameter that has no row in the table.
     """
-    if model.config.num_layers > limit:
-        raise HubError(f"{where}: {model.config.num_layers} layers in the configuration, {limit} tensors in the files")
+    layers, experts = model.config.num_layers, model.config.num_experts
+    if layers * max(experts, 1) > limit:
+        told = f"{layers} layers" + (f" of {experts} experts" if experts else "")
+        raise HubError(f"{where}: {told} in the configuration, {limit} tensors in the files")
     shapes = param_shapes(model)
     layout = list(_rows_present(family, model, shapes))
     lost = shapes.keys() - {path for tensor in layout for path in tensor.paths}
@@ -97,5 +101,9 @@ def _rows_present(family: Family, model: Model, shapes: Mapping[str, jax.ShapeDt
                 first, ends = shapes[paths[0]], np.cumsum([shapes[path].shape[-1] for path in paths]).tolist()
                 shape = (*first.shape[:-1], ends[-1])
                 heads = model.config.num_heads if row.by_head else 0
-                name = row.theirs.format(i=i)
-                yield Tensor(name, paths, row.transposed, shape, tuple(ends[:-1]), first.dtype, heads)
+                of = partial(Tensor, paths=paths, transposed=row.transposed, cuts=tuple(ends[:-1]), dtype=first.dtype)
+                if "{j}" in row.theirs:
+                    for j in range(model.config.num_experts):
+                        yield of(row.theirs.format(i=i, j=j), shape=shape[1:], heads=heads, expert=j)
+                else:
+                    yield of(row.theirs.format(i=i), shape=shape, heads=heads)

@@ -149,7 +149,9 @@ def load_adapter(folder: str | pathlib.Path, model: ModelConfig) -> tuple[LoRACo
 def _modules(model: ModelConfig) -> list[_Module]:
     """The linear layers within the layers, in the order of the files."""
     layout = file_layout(FAMILIES[family_that_holds(model)], Decoder(model), where="adapter")
-    return [_module(tensor) for tensor in layout if re.match(r"layer_\d+/.*/kernel$", tensor.paths[0])]
+    return [
+        _module(tensor) for tensor in layout if re.match(r"layer_\d+/.*/(?!expert_|router)\w+/kernel$", tensor.paths[0])
+    ]
 
 
 def _module(tensor: Tensor) -> _Module:

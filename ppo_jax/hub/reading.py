@@ -191,13 +191,29 @@ def _read_params(folder: pathlib.Path, model: Model, place: Place | None = None)
         if copy is not None and embedding not in named:  # a file may have either of the two names, or both
             named[embedding], copy = copy, None
         _check_names(family.architectures[type(model)], named, layout, folder)
-        for tensor in layout:
-            array = read_array(named[tensor.name], tensor, folder)
-            if copy is not None and "embed/embedding" in tensor.paths:
+        for path, array in _arrays(layout, named, model.config.num_experts, folder):
+            if copy is not None and path == "embed/embedding":
                 _check_tie(copy, array, folder)
-            for path, part in zip(tensor.paths, tensor.split(array), strict=True):
-                put(params, path, place(path, np.ascontiguousarray(part)))
+            put(params, path, place(path, array))
     return params
+
+
+def _arrays(
+    layout: Sequence[Tensor], named: Mapping[str, "Source"], num_experts: int, where: object
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Our parameters by path, each as soon as it is read; the experts, which stand one after the other, are one."""
+    together = np.empty(0)
+    for tensor in layout:
+        array = read_array(named[tensor.name], tensor, where)
+        if tensor.expert is None:
+            for path, part in zip(tensor.paths, tensor.split(array), strict=True):
+                yield path, np.ascontiguousarray(part)
+            continue
+        if tensor.expert == 0:
+            together = np.empty((num_experts, *array.shape), array.dtype)
+        together[tensor.expert] = array
+        if tensor.expert == num_experts - 1:
+            yield tensor.paths[0], together
 
 
 class Source(NamedTuple):

@@ -188,7 +188,9 @@ def _writable(tensor: Tensor, flat: Mapping[str, Any], dtype: str) -> Writable:
 
     def read() -> np.ndarray:
         with np.errstate(over="ignore"):  # told below
-            array = tensor.join([np.asarray(flat[path]) for path in tensor.paths]).astype(stored, copy=False)
+            parts = [np.asarray(flat[path]) for path in tensor.paths]
+            parts = parts if tensor.expert is None else [part[tensor.expert] for part in parts]
+            array = tensor.join(parts).astype(stored, copy=False)
         if not np.isfinite(array).all():
             raise HubError(f"save: {', '.join(tensor.paths)}: values that are not finite numbers in {stored.name}")
         return array.T if tensor.transposed else array

@@ -5,6 +5,7 @@ What is trained may be less than the whole: an adapter, or the upper layers, lai
 
 from ppo_jax.models.actor_critic import ActorCritic
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.experts import load_balance, run_trunk
 from ppo_jax.models.lora import LoRAConfig, init_adapter, merge, overlay, upper_layers
 from ppo_jax.models.masks import causal_mask, positions_of, segment_mask, segment_positions
 from ppo_jax.models.reward import RewardModel
@@ -20,9 +21,11 @@ __all__ = [
     "causal_mask",
     "empty_cache",
     "init_adapter",
+    "load_balance",
     "merge",
     "overlay",
     "positions_of",
+    "run_trunk",
     "segment_mask",
     "segment_positions",
     "upper_layers",

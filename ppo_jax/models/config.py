@@ -19,8 +19,9 @@ _POSITIVE = (
     "lora_scale"
 ).split()
 _NOT_NEGATIVE = (
-    "position_offset local_rope_theta rotary_dim query_pre_attn_scalar attention_softcap final_softcap".split()
-)
+    "position_offset local_rope_theta rotary_dim query_pre_attn_scalar attention_softcap final_softcap num_experts "
+    "experts_per_token"
+).split()
 _ONLY = {
     "rotary": {"rope_scaling": None, "rotary_dim": 0, "local_rope_theta": 0.0, "unrotated_layers": ()},
     "learned": {"position_offset": 0},
@@ -59,6 +60,9 @@ class ModelConfig:
     qk_norm: str = "none"  # queries and keys are normalised before they are rotated: each head, or all heads as one
     activation: str = "silu"
     gated_mlp: bool = True  # down(act(gate x) * up x) instead of down(act(up x))
+    num_experts: int = 0  # MLPs, of which each token goes through a few; 0: one, for all tokens
+    experts_per_token: int = 0  # how many these are; 0: all of them
+    normalize_experts: bool = True  # the weights of a token's experts are divided by their sum
     parallel_residual: bool = False  # the MLP reads what attention reads, instead of what attention has added to
     attention_bias: bool = False  # on query, key and value
     attention_output_bias: bool = True  # on output too, where attention_bias is
@@ -96,6 +100,7 @@ class ModelConfig:
         kv_heads, head_dim = self.num_kv_heads, self.head_dim
         check("num_kv_heads", kv_heads, self.num_heads % kv_heads == 0, f"a divisor of num_heads ({self.num_heads})")
         self._check_positions(head_dim)
+        self._check_experts()
 
     def _check_positions(self, head_dim: int) -> None:
         for positions, fields in _ONLY.items():
@@ -117,6 +122,15 @@ class ModelConfig:
         fits = not windows or (len(windows) == self.num_layers and min(windows) >= 0)
         check("layer_windows", windows, fits, f"{self.num_layers} numbers, one for each layer")
         check("local_rope_theta", self.local_rope_theta, any(windows) or not self.local_rope_theta, "0 without windows")
+
+    def _check_experts(self) -> None:
+        object.__setattr__(self, "experts_per_token", self.experts_per_token or self.num_experts)
+        chosen, experts = self.experts_per_token, self.num_experts
+        check("experts_per_token", chosen, chosen <= experts, f"at most num_experts ({experts})")
+        divided = self.normalize_experts
+        check("normalize_experts", divided, divided or experts > 0, "True without experts")
+        for name, value in {"gated_mlp": True, "mlp_bias": False}.items():
+            check(name, getattr(self, name), not experts or getattr(self, name) == value, f"{value} with experts")
 
     @property
     def num_rotated(self) -> int:

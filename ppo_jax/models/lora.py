@@ -165,10 +165,10 @@ def _with_delta(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: 
 
 
 def _kernels(base: Params, path: str = "") -> Iterator[tuple[str, jax.Array]]:
-    """(path, kernel) of the projections in the layers."""
+    """(path, kernel) of the projections in the layers, but for those of experts and their router."""
     for name, child in base.items():
         if isinstance(child, Mapping) and (path or name.startswith("layer_")):
             here = f"{path}/{name}" if path else name
-            if "kernel" in child:
+            if "kernel" in child and not name.startswith(("expert_", "router")):
                 yield here, child["kernel"]
             yield from _kernels(child, here)

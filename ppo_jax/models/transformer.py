@@ -8,7 +8,8 @@ are from those of another, which rounds at other places.
 Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Shazeer 2020
 (gated MLP), Zhang and Sennrich 2019 (RMSNorm), Henry et al. 2020 (normalised queries and keys), Wang and Komatsuzaki
 2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024 (soft caps, norms before and after), Jiang et al. 2023
-(windows, in Mistral), Team OLMo 2024 (norms after, queries and keys normalised as a whole).
+(windows, in Mistral), Team OLMo 2024 (norms after, queries and keys normalised as a whole), Jiang et al. 2024 (experts,
+in Mixtral).
 """
 
 from collections.abc import Callable
@@ -230,6 +231,57 @@ class MLP(nn.Module):
         return self.down(activation(self.up(x).astype(jnp.float32)))
 
 
+class ExpertProjection(nn.Module):
+    """As many linear layers as there are experts, for tokens that stand expert by expert."""
+
+    config: ModelConfig
+    features: int
+    init_std: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`[n, in]` to `[n, features]` float32; the first `sizes[0]` rows through the first layer, and so on."""
+        config = self.config
+        shape, init = (config.num_experts, x.shape[-1], self.features), nn.initializers.normal(self.init_std)
+        kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
+        x, kernel = x.astype(config.dtype), kernel.astype(config.dtype)
+        return jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=jnp.float32)
+
+
+class Experts(nn.Module):
+    """A mixture of experts: each token goes through those few MLPs that its router gives the most weight.
+
+    y = sum over the chosen e of p_e MLP_e(x), p the softmax of the router, divided by its sum over them where
+    `normalize_experts`. No token is dropped, and no expert is computed for a token that did not choose it.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Makes the router and the projections of all experts."""
+        config = self.config
+        self.router = Projection(config, config.num_experts, use_bias=False, out_dtype="float32")
+        self.expert_gate = ExpertProjection(config, config.mlp_width, config.init_std)
+        self.expert_up = ExpertProjection(config, config.mlp_width, config.init_std)
+        self.expert_down = ExpertProjection(config, config.width, _residual_std(config))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` to `[..., D]` float32."""
+        config, tokens = self.config, x.reshape(-1, x.shape[-1])
+        probs = jax.nn.softmax(self.router(tokens), axis=-1)
+        self.sow("intermediates", "router_probs", probs.reshape(*x.shape[:-1], -1))  # for `load_balance`
+        weights, chosen = jax.lax.top_k(probs, config.experts_per_token)  # each [n, k]
+        if config.normalize_experts:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))  # by expert
+        sizes = jnp.bincount(chosen.reshape(-1), length=config.num_experts)
+        rows = tokens[order // config.experts_per_token]
+        inner = _ACTIVATIONS[config.activation](self.expert_gate(rows, sizes)) * self.expert_up(rows, sizes)
+        outer = self.expert_down(inner, sizes)[jnp.argsort(order)]  # back by token
+        y = jnp.einsum("nk,nkd->nd", weights, outer.reshape(*weights.shape, -1))
+        return y.reshape(x.shape)
+
+
 class Block(nn.Module):
     """One layer: attention and MLP, normalised before or after or both, and added to the residual stream."""
 
@@ -240,7 +292,7 @@ class Block(nn.Module):
         """Makes the parts."""
         config = self.config
         self.attention = Attention(config, self.number)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.num_experts else MLP(config)
         if config.norm_placement != "after":
             self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
         if config.norm_placement != "before":

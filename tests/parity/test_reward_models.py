@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.torch_side import randomize, torch
+from parity.torch_side import doubled, randomize, torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,6 +28,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
+    MixtralConfig,
+    MixtralForSequenceClassification,
     Olmo2Config,
     Olmo2ForSequenceClassification,
     OPTConfig,
@@ -38,6 +40,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForSequenceClassification,
     SmolLM3Config,
     SmolLM3ForSequenceClassification,
     pipeline,
@@ -87,6 +91,16 @@ def opt():
 MODELS = {
     "mistral": partial(grouped, MistralForSequenceClassification, MistralConfig, sliding_window=6),
     "qwen3": partial(grouped, Qwen3ForSequenceClassification, Qwen3Config, head_dim=8),
+    "mixtral": partial(grouped, MixtralForSequenceClassification, MixtralConfig, num_local_experts=4),
+    "qwen3_moe": partial(
+        grouped,
+        Qwen3MoeForSequenceClassification,
+        Qwen3MoeConfig,
+        head_dim=8,
+        num_experts=5,
+        moe_intermediate_size=16,
+        num_experts_per_tok=2,
+    ),
     "smollm3": partial(grouped, SmolLM3ForSequenceClassification, SmolLM3Config, num_hidden_layers=4),
     "olmo2": partial(grouped, Olmo2ForSequenceClassification, Olmo2Config),
     "phi3": partial(grouped, Phi3ForSequenceClassification, Phi3Config),
@@ -190,7 +204,7 @@ def test_scores_and_folders(model, texts, tmp_path):
     assert (again.config.eos_token_id, again.config.pad_token_id) == ([2, 5], pad_id)
 
     # The yardstick, last: it changes the model.
-    model = model.double()
+    model = doubled(model)
     alone = [row[keep][None] for row, keep in zip(tokens, mask, strict=True)]  # padded, Gemma 2 overflows
     exact = [torch_scores(model, text, np.ones_like(text, bool))[0] for text in alone]
     np.testing.assert_allclose(ours, exact, rtol=0, atol=3e-5)

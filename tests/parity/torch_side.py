@@ -38,9 +38,16 @@ def torch_logits(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()  # numpy has no bfloat16
 
 
+def doubled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in float64; changes it. Torch has no grouped products of doubles, so experts go one by one."""
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
 def exact_logits(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits [B, S, V] in float64; changes the model."""
-    model = model.double()
+    model = doubled(model)
     if model.config.model_type != "gemma2":
         return torch_logits(model, tokens, mask)
     # Each text alone: padded, its eager attention overflows.
