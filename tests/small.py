@@ -221,6 +221,8 @@ class Bigram:
     once, and notes the first token of each row that it learns from.
     """
 
+    config = LLAMA
+
     def __init__(self):
         self.batches = []
 

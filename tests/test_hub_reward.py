@@ -459,7 +459,7 @@ def with_head(**head):
         (with_head(kernel=np.zeros((16, 1)), bias=np.zeros(1)), "do not fit the configuration: 'score_head/bias'"),
         (lambda p: {**p, "value_head": p["score_head"]}, "do not fit the configuration: 'value_head/kernel'"),
         (with_head(kernel=np.full((16, 1), np.nan, np.float32)), "score_head/kernel: values that are not finite"),
-        (with_head(kernel=np.zeros((16, 1))), "score.weight has dtype float64, expected one of float32"),
+        (with_head(kernel=np.full((16, 1), 1e39)), "score_head/kernel: values that are not finite numbers in float32"),
     ],
 )
 def test_parameters_that_are_not_saved(folder, family, change, message):

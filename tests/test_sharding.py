@@ -107,8 +107,8 @@ def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
 
 
 def test_an_unknown_parameter_is_an_error_that_names_it(mesh):
-    params = {"decoder": {"router": {"kernel": jnp.zeros((4, 4))}}}
-    with pytest.raises(ValueError, match=r"no rule for parameter decoder/router/kernel of shape \(4, 4\)"):
+    params = {"decoder": {"rooter": {"kernel": jnp.zeros((4, 4))}}}
+    with pytest.raises(ValueError, match=r"no rule for parameter decoder/rooter/kernel of shape \(4, 4\)"):
         param_shardings(mesh, params)
 
 

@@ -6,8 +6,8 @@ kernels are `[in, out]`: torch's `Linear` stores the transpose, GPT-2's `Conv1D`
 does not have (biases, an untied vocabulary projection, a score) drop out. Paths are those of a `Decoder`, also where it
 is a part of a `RewardModel`, and of the head beside it.
 
-A new family is a table, a `Family` and an entry of `FAMILIES`. Source: transformers 5.23.0, `configuration_*.py` and
-`modeling_*.py` of each.
+A new family is a table, a `Family` and an entry of `FAMILIES`; those after GPT-2 are in `families_gpt.py`. Source:
+transformers 5.23.0, `configuration_*.py` and `modeling_*.py` of each.
 """
 
 import dataclasses
@@ -22,62 +22,14 @@ from ppo_jax.hub.codecs import (
     nullable,
     query_scalar,
     read_count,
-    same_as,
     same_window,
     some_windows,
 )
-from ppo_jax.hub.family import Family, Row, conv1d, embedding, linear, norm, without
-from ppo_jax.hub.keys import Key, words
+from ppo_jax.hub.families_gpt import GPT2, GPT_NEOX, OPT
+from ppo_jax.hub.family import Family, Row, embedding, linear, norm, without
+from ppo_jax.hub.keys import Key, positions_key, words
 from ppo_jax.hub.rope import rope_codec
 from ppo_jax.models import Decoder, RewardModel
-
-GPT2 = Family(
-    architectures={Decoder: "GPT2LMHeadModel", RewardModel: "GPT2ForSequenceClassification"},
-    prefix="transformer.",
-    rows=(
-        *embedding("transformer.wte", "embed"),
-        *embedding("transformer.wpe", "positions"),
-        *norm("transformer.h.{i}.ln_1", "layer_{i}/attention_norm"),
-        *conv1d("transformer.h.{i}.attn.c_attn", "layer_{i}/attention/query+key+value"),
-        *conv1d("transformer.h.{i}.attn.c_proj", "layer_{i}/attention/output"),
-        *norm("transformer.h.{i}.ln_2", "layer_{i}/mlp_norm"),
-        *conv1d("transformer.h.{i}.mlp.c_fc", "layer_{i}/mlp/up"),
-        *conv1d("transformer.h.{i}.mlp.c_proj", "layer_{i}/mlp/down"),
-        *norm("transformer.ln_f", "final_norm"),
-        *linear("lm_head", "lm_head"),
-        *linear("score", "score_head"),
-    ),
-    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-    keys={
-        "vocab_size": Key("vocab_size"),
-        "num_layers": Key("n_layer"),
-        "num_heads": Key("n_head"),
-        "width": Key("n_embd"),
-        "mlp_width": Key("n_inner", default=None),  # null: 4 x n_embd
-        "max_positions": Key("n_positions", default=1024),
-        "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
-        "activation": Key("activation_function", str, "gelu_new"),
-        "tie_embeddings": Key("tie_word_embeddings", bool, True),
-        "init_std": Key("initializer_range", float, 0.02),
-    },
-    codecs=(same_as("width", "hidden_size"),),
-    implied={
-        "positions": "learned",
-        "norm": "layernorm",
-        "gated_mlp": False,
-        "attention_bias": True,
-        "mlp_bias": True,
-    },
-    only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
-    irrelevant=words(
-        "attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn",
-        "n_ctx",  # an old copy of n_positions
-        "output_past predict_special_tokens",  # of older versions
-        # of other models, in folders that everybody's tests use
-        "attention_probs_dropout_prob hidden_act hidden_dropout_prob intermediate_size type_vocab_size",
-        "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
-    ),
-)
 
 LLAMA = Family(
     architectures={Decoder: "LlamaForCausalLM", RewardModel: "LlamaForSequenceClassification"},
@@ -128,15 +80,10 @@ _QK_NORMS = (
 _NO_BIASES = {field: key for field, key in LLAMA.keys.items() if field not in ("attention_bias", "mlp_bias")}
 
 
-def _positions(absent: int) -> dict[str, Key]:
-    """How long texts may be; a file without the key has the default of transformers."""
-    return {"max_positions": Key("max_position_embeddings", default=absent)}
-
-
 MISTRAL = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "MistralForCausalLM", RewardModel: "MistralForSequenceClassification"},
-    keys={**_NO_BIASES, **_positions(131_072), "num_kv_heads": Key("num_key_value_heads", default=8)},
+    keys={**_NO_BIASES, **positions_key(131_072), "num_kv_heads": Key("num_key_value_heads", default=8)},
     codecs=(same_window(absent=4096), rope_codec()),
     only={},
     irrelevant=words("attention_dropout"),
@@ -152,7 +99,7 @@ _QWEN_CODECS = (some_windows(_qwen_window, "max_window_layers", switch=True, abs
 QWEN2 = dataclasses.replace(
     LLAMA,
     architectures={Decoder: "Qwen2ForCausalLM", RewardModel: "Qwen2ForSequenceClassification"},
-    keys={**_NO_BIASES, **_positions(32_768)},
+    keys={**_NO_BIASES, **positions_key(32_768)},
     codecs=_QWEN_CODECS,
     implied={"attention_bias": True, "attention_output_bias": False},
     only={},
@@ -165,7 +112,7 @@ QWEN3 = dataclasses.replace(
     rows=(*LLAMA.rows, *_QK_NORMS),
     keys={
         **_NO_BIASES,
-        **_positions(32_768),
+        **positions_key(32_768),
         "attention_bias": Key("attention_bias", bool, False),
         "head_dim": Key("head_dim", default=128),
     },
@@ -230,7 +177,7 @@ SMOLLM3 = dataclasses.replace(
     architectures={Decoder: "SmolLM3ForCausalLM", RewardModel: "SmolLM3ForSequenceClassification"},
     keys={
         **LLAMA.keys,
-        **_positions(32_768),
+        **positions_key(32_768),
         "num_kv_heads": Key("num_key_value_heads", default=4),
         "tie_embeddings": Key("tie_word_embeddings", bool, True),
     },
@@ -270,7 +217,7 @@ PHI3 = dataclasses.replace(
         *linear("model.layers.{i}.self_attn.qkv_proj", "layer_{i}/attention/query+key+value"),
         *linear("model.layers.{i}.mlp.gate_up_proj", "layer_{i}/mlp/gate+up"),
     ),
-    keys={**_NO_BIASES, **_positions(4096), "norm_eps": Key("rms_norm_eps", float, 1e-5)},
+    keys={**_NO_BIASES, **positions_key(4096), "norm_eps": Key("rms_norm_eps", float, 1e-5)},
     codecs=(
         same_window(absent=None),
         rope_codec(
@@ -289,7 +236,7 @@ GEMMA = dataclasses.replace(
     architectures={Decoder: "GemmaForCausalLM", RewardModel: "GemmaForSequenceClassification"},
     keys={
         **{field: key for field, key in _NO_BIASES.items() if field != "activation"},
-        **_positions(8192),
+        **positions_key(8192),
         "num_kv_heads": Key("num_key_value_heads", default=16),
         "head_dim": Key("head_dim", default=256),
         "attention_bias": Key("attention_bias", bool, False),
@@ -335,7 +282,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA2,
     architectures={Decoder: "Gemma3ForCausalLM", RewardModel: "Gemma3TextForSequenceClassification"},
     rows=(*GEMMA2.rows, *_QK_NORMS),
-    keys={**GEMMA2.keys, **_positions(131_072)},
+    keys={**GEMMA2.keys, **positions_key(131_072)},
     codecs=(
         gemma_activation("hidden_activation"),
         query_scalar(absent=256),
@@ -346,83 +293,6 @@ GEMMA3 = dataclasses.replace(
     ),
     implied={**GEMMA2.implied, "qk_norm": "head"},
     irrelevant=words("attention_dropout _sliding_window_pattern"),
-)
-
-GPT_NEOX = Family(
-    architectures={Decoder: "GPTNeoXForCausalLM", RewardModel: "GPTNeoXForSequenceClassification"},
-    prefix="gpt_neox.",
-    rows=(
-        *embedding("gpt_neox.embed_in", "embed"),
-        *norm("gpt_neox.layers.{i}.input_layernorm", "layer_{i}/attention_norm"),
-        *linear("gpt_neox.layers.{i}.attention.query_key_value", "layer_{i}/attention/query+key+value", by_head=True),
-        *linear("gpt_neox.layers.{i}.attention.dense", "layer_{i}/attention/output"),
-        *norm("gpt_neox.layers.{i}.post_attention_layernorm", "layer_{i}/mlp_norm"),
-        *linear("gpt_neox.layers.{i}.mlp.dense_h_to_4h", "layer_{i}/mlp/up"),
-        *linear("gpt_neox.layers.{i}.mlp.dense_4h_to_h", "layer_{i}/mlp/down"),
-        *norm("gpt_neox.final_layer_norm", "final_norm"),
-        *linear("embed_out", "lm_head"),
-        *linear("score", "score_head"),
-    ),
-    ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
-    keys={
-        "vocab_size": Key("vocab_size"),
-        "num_layers": Key("num_hidden_layers"),
-        "num_heads": Key("num_attention_heads"),
-        "width": Key("hidden_size"),
-        "mlp_width": Key("intermediate_size"),
-        **_positions(2048),
-        "norm_eps": Key("layer_norm_eps", float, 1e-5),
-        "activation": Key("hidden_act", str, "gelu"),
-        "attention_bias": Key("attention_bias", bool, True),
-        "parallel_residual": Key("use_parallel_residual", bool, True),
-        "tie_embeddings": Key("tie_word_embeddings", bool, False),
-        "init_std": Key("initializer_range", float, 0.02),
-    },
-    codecs=(rope_codec(theta_key="rotary_emb_base", partial=("rotary_pct", 0.25)),),
-    implied={"norm": "layernorm", "gated_mlp": False, "mlp_bias": True},
-    only={},
-    irrelevant=words("attention_dropout hidden_dropout classifier_dropout"),
-)
-
-OPT = Family(
-    architectures={Decoder: "OPTForCausalLM", RewardModel: "OPTForSequenceClassification"},
-    prefix="model.",
-    rows=(
-        *embedding("model.decoder.embed_tokens", "embed"),
-        *embedding("model.decoder.embed_positions", "positions"),
-        *norm("model.decoder.layers.{i}.self_attn_layer_norm", "layer_{i}/attention_norm"),
-        *linear("model.decoder.layers.{i}.self_attn.q_proj", "layer_{i}/attention/query"),
-        *linear("model.decoder.layers.{i}.self_attn.k_proj", "layer_{i}/attention/key"),
-        *linear("model.decoder.layers.{i}.self_attn.v_proj", "layer_{i}/attention/value"),
-        *linear("model.decoder.layers.{i}.self_attn.out_proj", "layer_{i}/attention/output"),
-        *norm("model.decoder.layers.{i}.final_layer_norm", "layer_{i}/mlp_norm"),
-        *linear("model.decoder.layers.{i}.fc1", "layer_{i}/mlp/up"),
-        *linear("model.decoder.layers.{i}.fc2", "layer_{i}/mlp/down"),
-        *norm("model.decoder.final_layer_norm", "final_norm"),
-        *linear("lm_head", "lm_head"),
-        *linear("score", "score_head"),
-    ),
-    ignored=(),
-    keys={
-        "vocab_size": Key("vocab_size"),
-        "num_layers": Key("num_hidden_layers"),
-        "num_heads": Key("num_attention_heads"),
-        "width": Key("hidden_size"),
-        "mlp_width": Key("ffn_dim"),
-        **_positions(2048),
-        "activation": Key("activation_function", str, "relu"),
-        "tie_embeddings": Key("tie_word_embeddings", bool, True),
-        "init_std": Key("init_std", float, 0.02),
-    },
-    codecs=(same_as("width", "word_embed_proj_dim", written=True),),
-    implied={**GPT2.implied, "position_offset": 2},
-    only={
-        "do_layer_norm_before": (True,),  # 350m has its norms after the sum
-        "_remove_final_layer_norm": (False,),
-        "enable_bias": (True,),
-        "layer_norm_elementwise_affine": (True,),
-    },
-    irrelevant=words("dropout attention_dropout activation_dropout layerdrop"),
 )
 
 FAMILIES: Mapping[str, Family] = {

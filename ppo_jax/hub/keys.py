@@ -27,6 +27,11 @@ class Key(NamedTuple):
     default: Any = REQUIRED
 
 
+def positions_key(absent: int) -> dict[str, Key]:
+    """How long texts may be; a file without the key has the default of transformers."""
+    return {"max_positions": Key("max_position_embeddings", default=absent)}
+
+
 def words(*lines: str) -> frozenset[str]:
     """All words of some lines."""
     return frozenset(" ".join(lines).split())

@@ -5,14 +5,12 @@ What a matrix product reads, and what the cache keeps, is in the compute dtype (
 along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of one program
 are from those of another, which rounds at other places.
 
-Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Shazeer 2020
-(gated MLP), Zhang and Sennrich 2019 (RMSNorm), Henry et al. 2020 (normalised queries and keys), Wang and Komatsuzaki
-2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024 (soft caps, norms before and after), Jiang et al. 2023
-(windows, in Mistral), Team OLMo 2024 (norms after, queries and keys normalised as a whole), Jiang et al. 2024 (experts,
-in Mixtral).
+Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Henry et al.
+2020 (normalised queries and keys), Wang and Komatsuzaki 2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024
+(soft caps, norms before and after), Jiang et al. 2023 (windows, in Mistral), Team OLMo 2024 (norms after, queries and
+keys normalised as a whole).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 from ppo_jax.errors import InputError
 from ppo_jax.models import rope
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.lora import column_norms
+from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -31,17 +29,8 @@ LayerCache = tuple[jax.Array, jax.Array]
 Cache = tuple[LayerCache, ...]
 """A `LayerCache` for each layer."""
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "silu": nn.silu,
-    "relu": nn.relu,
-}
-
-
 # bfloat16 in, float32 out
 _float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-_float32_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -81,78 +70,6 @@ def attend(
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm, with float32 statistics."""
-
-    config: ModelConfig
-    out_dtype: str | None = None  # None: the compute dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `[..., D]`."""
-        config = self.config
-        init = nn.initializers.zeros if config.norm_unit_offset else nn.initializers.ones
-        scale = self.param("scale", init, x.shape[-1:], jnp.dtype(config.param_dtype)).astype(jnp.float32)
-        if config.norm_unit_offset:
-            scale = scale + 1
-        y = x.astype(jnp.float32)
-        if config.norm == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps)
-        # Broadcasts are spelled out: tests forbid that ranks are promoted silently.
-        y = y * jnp.broadcast_to(scale, y.shape)
-        if config.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.dtype(config.param_dtype))
-            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-        return y.astype(self.out_dtype or config.dtype)
-
-
-class Projection(nn.Module):
-    """A linear layer: `[..., in]` to `[..., features]`; with the adapter that its parameters hold, if they hold one.
-
-    y = x W + s (x A) B + b. With DoRA's magnitudes m, y = m (x W + s (x A) B) / ||W + s A B|| + b, in which the norm
-    (of each column) is a constant to the gradient, as the authors advise (section 4.3) and PEFT does. The norm is
-    computed anew in each call: `merge` before much is sampled.
-    """
-
-    config: ModelConfig
-    features: int
-    use_bias: bool
-    init_std: float | None = None  # None: the configuration's
-    out_dtype: str | None = None  # None: the compute dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` to `[..., features]`."""
-        dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
-        init = nn.initializers.normal(self.init_std or self.config.init_std)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), param_dtype)
-        x = x.astype(dtype)
-        y = _float32_dot(x, kernel.astype(dtype))
-        if self.has_variable("params", "lora_a"):
-            y = self._adapted(x, y, kernel)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-        return y.astype(self.out_dtype or dtype)
-
-    def _adapted(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
-        scale = self.config.lora_scale
-        a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-        y = y + scale * _float32_dot(_float32_dot(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
-        if self.has_variable("params", "lora_magnitude"):
-            norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
-            y = y * jnp.broadcast_to(self.get_variable("params", "lora_magnitude") / norms, y.shape)
-        return y
-
-
-def _residual_std(config: ModelConfig) -> float:
-    """GPT-2's smaller initialisation of what adds to the residual stream, so that its variance does not grow with
-    depth.
-    """
-    return config.init_std / (2 * config.num_layers) ** 0.5
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention over the given keys, or over a cache that it extends."""
 
@@ -166,7 +83,7 @@ class Attention(nn.Module):
         self.key = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias, out_dtype="float32")
         self.value = Projection(config, config.num_kv_heads * config.head_dim, config.attention_bias)
         output_bias = config.attention_bias and config.attention_output_bias
-        self.output = Projection(config, config.width, output_bias, _residual_std(config), out_dtype="float32")
+        self.output = Projection(config, config.width, output_bias, residual_std(config), out_dtype="float32")
         if config.qk_norm != "none":
             self.query_norm, self.key_norm = Norm(config), Norm(config)
 
@@ -208,78 +125,6 @@ class Attention(nn.Module):
         frequencies = rope.frequencies(config.num_rotated, local or config.rope_theta, scaling, slots)
         turn = partial(rope.rotate, positions=positions, frequencies=frequencies, magnitude=rope.magnitude(scaling))
         return turn(query), turn(key)
-
-
-class MLP(nn.Module):
-    """Two layers, or three when gated."""
-
-    config: ModelConfig
-
-    def setup(self) -> None:
-        """Makes the projections."""
-        config = self.config
-        if config.gated_mlp:
-            self.gate = Projection(config, config.mlp_width, config.mlp_bias)
-        self.up = Projection(config, config.mlp_width, config.mlp_bias)
-        self.down = Projection(config, config.width, config.mlp_bias, _residual_std(config), out_dtype="float32")
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` to `[..., D]` float32."""
-        activation = _ACTIVATIONS[self.config.activation]
-        if self.config.gated_mlp:
-            return self.down(activation(self.gate(x).astype(jnp.float32)) * self.up(x).astype(jnp.float32))
-        return self.down(activation(self.up(x).astype(jnp.float32)))
-
-
-class ExpertProjection(nn.Module):
-    """As many linear layers as there are experts, for tokens that stand expert by expert."""
-
-    config: ModelConfig
-    features: int
-    init_std: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`[n, in]` to `[n, features]` float32; the first `sizes[0]` rows through the first layer, and so on."""
-        config = self.config
-        shape, init = (config.num_experts, x.shape[-1], self.features), nn.initializers.normal(self.init_std)
-        kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
-        x, kernel = x.astype(config.dtype), kernel.astype(config.dtype)
-        return jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=jnp.float32)
-
-
-class Experts(nn.Module):
-    """A mixture of experts: each token goes through those few MLPs that its router gives the most weight.
-
-    y = sum over the chosen e of p_e MLP_e(x), p the softmax of the router, divided by its sum over them where
-    `normalize_experts`. No token is dropped, and no expert is computed for a token that did not choose it.
-    """
-
-    config: ModelConfig
-
-    def setup(self) -> None:
-        """Makes the router and the projections of all experts."""
-        config = self.config
-        self.router = Projection(config, config.num_experts, use_bias=False, out_dtype="float32")
-        self.expert_gate = ExpertProjection(config, config.mlp_width, config.init_std)
-        self.expert_up = ExpertProjection(config, config.mlp_width, config.init_std)
-        self.expert_down = ExpertProjection(config, config.width, _residual_std(config))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` to `[..., D]` float32."""
-        config, tokens = self.config, x.reshape(-1, x.shape[-1])
-        probs = jax.nn.softmax(self.router(tokens), axis=-1)
-        self.sow("intermediates", "router_probs", probs.reshape(*x.shape[:-1], -1))  # for `load_balance`
-        weights, chosen = jax.lax.top_k(probs, config.experts_per_token)  # each [n, k]
-        if config.normalize_experts:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        order = jnp.argsort(chosen.reshape(-1))  # by expert
-        sizes = jnp.bincount(chosen.reshape(-1), length=config.num_experts)
-        rows = tokens[order // config.experts_per_token]
-        inner = _ACTIVATIONS[config.activation](self.expert_gate(rows, sizes)) * self.expert_up(rows, sizes)
-        outer = self.expert_down(inner, sizes)[jnp.argsort(order)]  # back by token
-        y = jnp.einsum("nk,nkd->nd", weights, outer.reshape(*weights.shape, -1))
-        return y.reshape(x.shape)
 
 
 class Block(nn.Module):
