@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.torch_side import left_padded, max_relative_error, randomize, torch, torch_logits
+from parity.torch_side import PROMISE, left_padded, max_relative_error, randomize, torch, torch_logits
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -31,7 +31,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own, at import
     peft = pytest.importorskip("peft", reason="peft is not installed (make test-parity)")
 
-PROMISE = 1e-4
 GPT2_MODULES = ["c_attn", "c_proj", "c_fc"]
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

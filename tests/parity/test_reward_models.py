@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.torch_side import doubled, randomize, torch
+from parity.torch_side import PROMISE, TOLERANCE, doubled, randomize, torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -52,7 +52,6 @@ from ppo_jax.hub.families import FAMILIES
 from ppo_jax.models import ModelConfig, RewardModel
 from ppo_jax.tokenizers import load_tokenizer, special_tokens
 
-PROMISE = 1e-4
 PAD, V, LONGEST = 3, 53, 40
 
 
@@ -207,7 +206,7 @@ def test_scores_and_folders(model, texts, tmp_path):
     model = doubled(model)
     alone = [row[keep][None] for row, keep in zip(tokens, mask, strict=True)]  # padded, Gemma 2 overflows
     exact = [torch_scores(model, text, np.ones_like(text, bool))[0] for text in alone]
-    np.testing.assert_allclose(ours, exact, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=TOLERANCE)
 
 
 def test_a_text_of_pad_ids_alone(model, tmp_path):
