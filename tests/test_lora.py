@@ -396,7 +396,7 @@ def test_a_is_drawn_as_pefts(key):
         assert 0.0499 < np.abs(drawn).max() <= 0.05  # 1 / sqrt(400); 40,000 draws
         np.testing.assert_allclose(np.var(drawn), 1 / 1200, rtol=0.05)  # its standard error is 0.4 %
         assert abs(np.mean(drawn)) < 1e-3  # seven standard errors
-    assert not np.any(np.asarray(one) == np.asarray(other))
+    assert np.mean(np.asarray(one) == np.asarray(other)) < 1e-3  # of 2^23 numbers, two are the same now and then
 
 
 def test_magnitudes_begin_as_the_lengths_of_the_columns(rng, key):
