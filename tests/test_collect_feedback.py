@@ -287,7 +287,10 @@ class Run:
 
     def end(self) -> int:
         """Waits; the exit status."""
-        self.said += self.process.communicate(timeout=60)[0]
+        try:
+            self.said += self.process.communicate(timeout=60)[0]
+        finally:
+            self.process.kill()
         return self.process.returncode
 
 

@@ -99,7 +99,7 @@ def serve(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
         timeout_graceful_shutdown=3,
     )  # fmt: skip
-    server, stopped = uvicorn.Server(config), threading.Event()
+    stopped = threading.Event()
 
     def watch() -> None:
         try:
@@ -108,14 +108,20 @@ def serve(
         finally:
             server.should_exit = True
 
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            # Not earlier: an interrupt that follows the announcement has to find uvicorn's handlers in place.
+            announce(_address(host, listener.getsockname()[1], token))
+            self.watching = pool.submit(watch)
+
+    server = Server(config)
     with _listen(host, port) as listener, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        announce(_address(host, listener.getsockname()[1], token))
-        watching = pool.submit(watch)
         try:
             server.run(sockets=[listener])
         finally:
             stopped.set()
-    watching.result()
+    server.watching.result()
 
 
 def _listen(host: str, port: int) -> socket.socket:
