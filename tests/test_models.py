@@ -228,6 +228,14 @@ def oracle_logits(params, tokens, config, slots) -> np.ndarray:
     return np.vectorize(oracle_cap)(logits, config.final_softcap)
 
 
+def oracle_rows(params, tokens, mask, config) -> np.ndarray:
+    """Logits [B, T, V] of a padded batch; 0 where the mask is False."""
+    logits = np.zeros((*tokens.shape, config.vocab_size))
+    for row, real in enumerate(mask):
+        logits[row, real] = oracle_logits(params, tokens[row][real], config, tokens.shape[1])
+    return logits
+
+
 GEMMA_LIKE = {
     "norm_unit_offset": True,
     "norm_placement": "both",
@@ -280,10 +288,13 @@ def test_logits_equal_the_oracle(name, rng):
     config = tiny(**VARIANTS[name])
     params = random_params(rng, config)
     tokens, mask = left_padded(rng, config)
-    expected = np.zeros((*tokens.shape, config.vocab_size))
-    for row in range(len(tokens)):
-        expected[row, mask[row]] = oracle_logits(params, tokens[row][mask[row]], config, tokens.shape[1])
-    assert max_relative_error(logits_of(config, params, tokens, mask), expected, mask) < TOLERANCE
+    expected = oracle_rows(params, tokens, mask, config)
+    # A few draws lie near a division by nothing, and magnify what float32 rounds. How much, the oracle says as well:
+    # where parameters move by half of float32's last place. In thousands of draws we were at most 8 times as far.
+    moved = jax.tree.map(lambda x: np.float64(x) * (1 + rng.choice((-1, 1), x.shape) * 2.0**-24), params)
+    rounded = oracle_rows(moved, tokens, mask, config)
+    error = max_relative_error(logits_of(config, params, tokens, mask), expected, mask)
+    assert error < max(TOLERANCE, 20 * max_relative_error(rounded, expected, mask))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -263,6 +263,16 @@ def test_the_limit_is_drawn_where_the_path_comes_near(tmp_path, figures, limit, 
         assert axes.get_xlim()[1] > limit
 
 
+@pytest.mark.parametrize("sqrt", [False, True])
+def test_a_limit_that_all_are_beyond_is_in_the_picture(tmp_path, figures, sqrt):
+    plot_frontier(ppo_rows((500, 1, None), (501, 2, None)), [], tmp_path / "f.png", kl_limit=1.0, sqrt=sqrt)
+    axes, _ = figures[0].axes
+    assert texts(axes) == ["limit 1 "]
+    low, high = axes.get_xlim()
+    assert low < 1.0
+    assert high > 501
+
+
 def test_one_iteration_and_a_yardstick_alone_can_be_drawn(tmp_path, figures):
     plot_frontier(ppo_rows((6e-8, 1.0, None)), [], tmp_path / "f.png", sqrt=True)
     plot_frontier([], BEST_OF_N, tmp_path / "f.png")

@@ -216,7 +216,7 @@ def _scale(axes: Axes, sqrt: bool, kl_limit: float) -> None:
         axes.axvline(kl_limit, color=LIMIT_COLOR, linewidth=1, linestyle="--")
         top = axes.get_xaxis_transform()
         note(axes, kl_limit, 0.02, f"limit {tick(kl_limit)} ", LIMIT_COLOR, transform=top, ha="right", va="bottom")
-        high = max(high, 1.05 * kl_limit)
+        low, high = min(low, 0.0), max(high, 1.05 * kl_limit)  # also where all the data are beyond it
     if not sqrt:
         axes.set_xlim(low, high)
         return
