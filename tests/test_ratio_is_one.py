@@ -192,9 +192,15 @@ def assert_responses_differ(experience: Rollout, min_new_tokens: int, eos_ids) -
     lengths = experience.response_mask.sum(axis=1)
     prompts = experience.mask.sum(axis=1) - lengths
     assert len(set(prompts)) > 1
-    ended = [(row[:n] if n else row)[-1] in eos_ids for row, n in zip(experience.response_tokens, lengths, strict=True)]
+    ended = that_ended(experience, eos_ids)
     assert any(ended)
     assert lengths[ended].min() > min_new_tokens
+
+
+def that_ended(experience: Rollout, eos_ids) -> list[bool]:
+    """Which responses end with EOS."""
+    lengths = experience.response_mask.sum(axis=1)
+    return [row[n - 1] in eos_ids for row, n in zip(experience.response_tokens, lengths, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES + FURTHER_CASES, ids=named)
@@ -202,13 +208,16 @@ def test_the_ratio_of_the_first_minibatch_is_one(case, rng, key):
     layers = 2 if case.trained == "hydra" or case.family in FURTHER else 1
     model = dataclasses.replace((FAMILIES | FURTHER)[case.family], **case.changes, num_layers=layers)
     config = config_of(case, batch_size=32)
-    base = random_decoder(rng, model)
-    adapter_key, key = jax.random.split(key)
-    trained = trained_part(rng, case.trained, base, model, adapter_key)
     model = dataclasses.replace(model, lora_scale=LORA.scale)
-    program = program_of(base, trained, model, config, critic_of(rng, case.critic, model), EOS_IDS, key)
-    sizes = rng.permutation(np.resize(np.arange(1, 7), 32 // config.responses_per_prompt))
-    metrics, experience = iterate(program, left_padded(rng, sizes, 6))
+    for _ in range(4):  # one draw in a thousand is a policy that never ends
+        base = random_decoder(rng, model)
+        adapter_key, program_key, key = jax.random.split(key, 3)
+        trained = trained_part(rng, case.trained, base, model, adapter_key)
+        program = program_of(base, trained, model, config, critic_of(rng, case.critic, model), EOS_IDS, program_key)
+        sizes = rng.permutation(np.resize(np.arange(1, 7), 32 // config.responses_per_prompt))
+        metrics, experience = iterate(program, left_padded(rng, sizes, 6))
+        if any(that_ended(experience, EOS_IDS)):
+            break
     assert_responses_differ(experience, 3, EOS_IDS)
     # The trained policy is not the reference, so that an adapter or an upper layer that is left out would be seen.
     assert abs(metrics["objective/kl"]) > 0.1
