@@ -1,5 +1,6 @@
 """The simulated annotator: its noise is the one that is promised, and follows from item, seed and name alone."""
 
+import dataclasses
 import itertools
 import signal
 import subprocess
@@ -121,6 +122,19 @@ def test_what_is_said_does_not_depend_on_the_other_items(tmp_path, rng, seed):
             annotate(store, length, 1.0, seed)
             found.append(said(store))
     assert found[0] == found[1] == found[2] | found[3]
+    assert len(found[0]) == 50
+
+
+def test_what_is_said_does_not_depend_on_who_wrote_it(tmp_path, rng, seed):
+    """Sources hold the folder of a model: the same road in another folder hears the same answers."""
+    items, found = mixed(rng), []
+    for source in ("runs/a", "/home/somebody/runs/b"):
+        written = [dataclasses.replace(item, sources=(source,) * len(item.responses)) for item in items]
+        with Store(tmp_path / f"{len(found)}.db") as store:
+            store.add_items(written)
+            annotate(store, length, 1.0, seed)
+            found.append({dataclasses.replace(item, sources=()): what for item, what in said(store).items()})
+    assert found[0] == found[1]
     assert len(found[0]) == 50
 
 

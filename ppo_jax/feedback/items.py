@@ -33,8 +33,16 @@ class Item:
     @property
     def hash(self) -> str:
         """SHA-256 of the content: items are equal when these are."""
-        content = [self.kind, self.prompt, list(self.responses), list(self.sources), self.scale]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return _sha256([self.kind, self.prompt, list(self.responses), list(self.sources), self.scale])
+
+    @property
+    def shown_hash(self) -> str:
+        """SHA-256 of what an annotator can see: the content without who wrote it."""
+        return _sha256([self.kind, self.prompt, list(self.responses), self.scale])
+
+
+def _sha256(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

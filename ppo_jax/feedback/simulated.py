@@ -59,8 +59,8 @@ def simulated_score(gold: float, scale: int, rng: np.random.Generator, temperatu
 def annotate(store: Store, gold: HostReward, temperature: float, seed: int, annotator: str = "simulated") -> int:
     """Judges every item that still needs it and that this annotator has not judged.
 
-    What is said about an item follows from the item, the seed and the name alone: not from the other items, their
-    order, or a kill in between, after which the same call does the rest.
+    What is said about an item follows from what it shows, the seed and the name alone: not from the other items, their
+    order, the folder of the model that wrote it, or a kill in between, after which the same call does the rest.
 
     Args:
         store: the store.
@@ -100,7 +100,7 @@ def _golds(gold: HostReward, items: Sequence[Item]) -> list[float]:
 def _judge(
     store: Store, item_id: int, item: Item, golds: list[float], temperature: float, seed: int, name: str
 ) -> None:
-    rng = np.random.default_rng([seed, int(item.hash, 16), *name.encode()])
+    rng = np.random.default_rng([seed, int(item.shown_hash, 16), *name.encode()])
     order = rng.permutation(len(item.responses)).tolist()
     if item.kind == "score":
         score = simulated_score(golds[0], item.scale, rng, temperature)
