@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ppo_jax.advantages import (
     dr_grpo_advantages,
@@ -19,7 +20,8 @@ from ppo_jax.advantages import (
     remax_advantages,
     rloo_advantages,
 )
-from ppo_jax.config import PPOConfig
+from ppo_jax.config import ControlConfig, PPOConfig
+from ppo_jax.control import ControlMethod
 from ppo_jax.errors import check
 from ppo_jax.experience import Method
 from ppo_jax.losses import (
@@ -32,7 +34,9 @@ from ppo_jax.losses import (
     unclipped_surrogate,
 )
 
-METHODS: dict[str, dict[str, Callable]] = {
+Methods = dict[str, dict[str, Callable]]
+
+METHODS: Methods = {
     "advantage": {
         "gae": gae_advantages,
         "rloo": rloo_advantages,
@@ -55,6 +59,11 @@ METHODS: dict[str, dict[str, Callable]] = {
         "huber": huber_value_error,
     },
 }
+# A step of control is a response of one token: the sequence ratio of gspo is that of its token.
+CONTROL_METHODS: Methods = {
+    "policy_loss": {name: METHODS["policy_loss"][name] for name in ("clip", "cispo", "none")},
+    "value_loss": METHODS["value_loss"],
+}
 WITH_CRITIC = ("gae",)
 WITH_GREEDY = ("remax",)
 WHITENED = ("gae", "reinforce_pp", "reinforce_pp_baseline")  # of "reinforce" it would take the baseline out again
@@ -69,13 +78,8 @@ def resolve(config: PPOConfig) -> Method:
     Raises:
         InputError: a name that nothing has, or a setting that nothing would read.
     """
-    for kind, functions in METHODS.items():
-        name = getattr(config, kind)
-        check(f"ppo.{kind}", name, name in functions, "one of " + ", ".join(functions))
-    for name, reason in idle(config).items():
-        default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-        value = getattr(config, name)
-        check(f"ppo.{name}", value, value == default, f"the default {default!r}: nothing reads it {reason}")
+    _check_names(config, METHODS)
+    _refuse_changed(config, idle(config))
     grouped = GROUPS_OF in _settings_of(METHODS["advantage"][config.advantage])
     each = config.responses_per_prompt
     check(f"ppo.{GROUPS_OF}", each, each > 1 or not grouped, f"at least 2 with advantage={config.advantage}")
@@ -93,13 +97,28 @@ def resolve(config: PPOConfig) -> Method:
     )
 
 
+def resolve_control(config: ControlConfig) -> ControlMethod:
+    """The same for control tasks.
+
+    Raises:
+        InputError: a name that nothing has, or a setting that nothing would read.
+    """
+    _check_names(config, CONTROL_METHODS)
+    unread = _unread(config, CONTROL_METHODS)
+    if config.whiten_advantages == "none":
+        unread["whiten_shift"] = "where advantages are not whitened"
+    _refuse_changed(config, unread)
+    return bind_control(config)
+
+
+def bind_control(config: ControlConfig) -> ControlMethod:
+    """`resolve_control` of settings that are known to be good, such as those that a program sweeps over."""
+    return ControlMethod(config, *(_bound(at[getattr(config, kind)], config) for kind, at in CONTROL_METHODS.items()))
+
+
 def idle(config: PPOConfig) -> dict[str, str]:
     """The settings that nothing reads, given the others, and why."""
-    unread: dict[str, str] = {}
-    for kind, functions in METHODS.items():
-        chosen = getattr(config, kind)
-        every = {name for function in functions.values() for name in _settings_of(function)} - {GROUPS_OF}
-        unread |= dict.fromkeys(sorted(every - set(_settings_of(functions[chosen]))), f"with {kind}={chosen}")
+    unread = _unread(config, METHODS)
     without = {
         "without overlong_buffer": (config.overlong_buffer > 0, "overlong_penalty"),
         "without score_scale": (config.score_scale != "none", "score_shift"),
@@ -123,6 +142,29 @@ def idle(config: PPOConfig) -> dict[str, str]:
     if config.advantage not in WITH_CRITIC:
         unread |= dict.fromkeys(CRITICS_OWN, f"with advantage={config.advantage}, which has no critic")
     return unread
+
+
+def _check_names(config: Any, methods: Methods) -> None:
+    for kind, functions in methods.items():
+        name = getattr(config, kind)
+        check(f"ppo.{kind}", name, name in functions, "one of " + ", ".join(functions))
+
+
+def _unread(config: Any, methods: Methods) -> dict[str, str]:
+    """Settings of functions that were not chosen."""
+    unread: dict[str, str] = {}
+    for kind, functions in methods.items():
+        chosen = getattr(config, kind)
+        every = {name for function in functions.values() for name in _settings_of(function)} - {GROUPS_OF}
+        unread |= dict.fromkeys(sorted(every - set(_settings_of(functions[chosen]))), f"with {kind}={chosen}")
+    return unread
+
+
+def _refuse_changed(config: Any, unread: dict[str, str]) -> None:
+    for name, reason in unread.items():
+        default = next(field.default for field in dataclasses.fields(config) if field.name == name)
+        value = getattr(config, name)
+        check(f"ppo.{name}", value, value == default, f"the default {default!r}: nothing reads it {reason}")
 
 
 def _whitening(config: PPOConfig) -> str:

@@ -1,12 +1,13 @@
 """From experience to new parameters: epochs over minibatches, each one gradient step on the loss of PPO."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ppo_jax.config import DescentOptions
 from ppo_jax.experience import Method, token_kl
 from ppo_jax.guard import broken_leaves, is_broken
 from ppo_jax.losses import aggregation_weights, ratio_metrics
@@ -18,6 +19,11 @@ from ppo_jax.sampling import SamplingConfig
 from ppo_jax.sft import predicted, token_logprobs
 from ppo_jax.sharding import Shardings, minibatches
 from ppo_jax.types import Examples, Experience, Metrics, Params, TrainState
+
+
+Rows = TypeVar("Rows")
+
+BROKEN = ("broken/logprob", "broken/value", "broken/loss")  # metrics of a gradient step, in the order of guard.LOSS
 
 
 class Minibatch(NamedTuple):
@@ -73,42 +79,72 @@ def ppo_loss(
     hidden, routed = response_trunk(model, params, data)
     logprobs, entropy = response_logprobs(model, params, hidden, data, sampling)
 
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.sum(batch.token_weights * x, where=mask)
-
-    surrogate, clipped = method.surrogate(logprobs, data.logprobs, data.advantages, mask)
-    if data.importance is not None:
-        surrogate = surrogate * data.importance
-    policy_loss = jnp.sum(batch.policy_weights * surrogate)
-    metrics = ratio_metrics(logprobs, data.logprobs, mask, batch.token_weights)
-    metrics |= {"loss": policy_loss, "entropy": mean(entropy), "clip_frac": mean(clipped.astype(jnp.float32))}
-    loss = policy_loss
-    if config.ent_coef:  # without the bonus the entropy is only reported, and needs no backward pass
-        loss -= config.ent_coef * metrics["entropy"]
+    loss, metrics = policy_terms(logprobs, entropy, batch, mask, method)
     if config.kl_in == "loss":
         assert data.ref_logprobs is not None
         kl = None
         if data.ref_hidden is not None:  # the exact KL
             kl = response_kl(model, params, hidden, ref_params, data.ref_hidden, sampling)
-        metrics["kl_loss"] = jnp.sum(batch.policy_weights * token_kl(logprobs, data.ref_logprobs, kl, mask, config))
-        loss += kl_coef * metrics["kl_loss"]
+        kl = token_kl(logprobs, data.ref_logprobs, kl, mask, config)
+        metrics["policy/kl_loss"] = jnp.sum(batch.policy_weights * kl)
+        loss += kl_coef * metrics["policy/kl_loss"]
     if batch.texts is not None:
         text_logprobs = token_logprobs(model, params, batch.texts)
-        metrics["ptx_loss"] = -jnp.sum(batch.text_weights * text_logprobs, where=predicted(batch.texts))
-        loss += config.ptx_coef * metrics["ptx_loss"]
-    metrics = {f"policy/{name}": x for name, x in metrics.items()}
+        metrics["policy/ptx_loss"] = -jnp.sum(batch.text_weights * text_logprobs, where=predicted(batch.texts))
+        loss += config.ptx_coef * metrics["policy/ptx_loss"]
     if routed:
         metrics["router/load_balance"] = load_balance(routed, model.config.experts_per_token, data.mask)
-    broken_value = jnp.array(False)
+    values = None
     if method.critic:
         values = response_values(model, params, hidden, data)
-        errors, clipped = method.value_error(values, data.values, data.returns, mask)
-        metrics |= {"value/loss": mean(errors), "value/clip_frac": mean(clipped.astype(jnp.float32))}
-        loss += config.vf_coef * metrics["value/loss"]
-        broken_value = is_broken(jnp.where(mask, values, 0.0))
-    broken = (is_broken(jnp.where(mask, logprobs, 0.0)), broken_value, is_broken(loss))
-    names = ("broken/logprob", "broken/value", "broken/loss")
-    return loss, metrics | dict(zip(names, (x.astype(jnp.float32) for x in broken), strict=True))
+        value_loss, value_metrics = value_terms(values, batch, mask, method)
+        loss += value_loss
+        metrics |= value_metrics
+    return loss, metrics | broken_flags(logprobs, values, loss, mask)
+
+
+def policy_terms(
+    logprobs: jax.Array, entropy: jax.Array, batch: Minibatch, mask: jax.Array, method: Method
+) -> tuple[jax.Array, Metrics]:
+    """Surrogate of the policy - ent_coef x entropy; (loss `[]`, `policy/*` metrics). All arrays have the mask's shape."""
+    config, data = method.config, batch.experience
+    surrogate, clipped = method.surrogate(logprobs, data.logprobs, data.advantages, mask)
+    if data.importance is not None:
+        surrogate = surrogate * data.importance
+    loss = jnp.sum(batch.policy_weights * surrogate)
+    metrics = ratio_metrics(logprobs, data.logprobs, mask, batch.token_weights)
+    metrics |= {"loss": loss, "entropy": _mean(entropy, batch, mask), "clip_frac": _share(clipped, batch, mask)}
+    if not is_zero(config.ent_coef):  # without the bonus the entropy is only reported, and needs no backward pass
+        loss -= config.ent_coef * metrics["entropy"]
+    return loss, {f"policy/{name}": x for name, x in metrics.items()}
+
+
+def value_terms(values: jax.Array, batch: Minibatch, mask: jax.Array, method: Method) -> tuple[jax.Array, Metrics]:
+    """vf_coef x error of the critic; (loss `[]`, `value/*` metrics)."""
+    data = batch.experience
+    errors, clipped = method.value_error(values, data.values, data.returns, mask)
+    metrics = {"value/loss": _mean(errors, batch, mask), "value/clip_frac": _share(clipped, batch, mask)}
+    return method.config.vf_coef * metrics["value/loss"], metrics
+
+
+def broken_flags(logprobs: jax.Array, values: jax.Array | None, loss: jax.Array, mask: jax.Array) -> Metrics:
+    """What of `guard.LOSS` is not finite, as `broken/*` metrics of 0 or 1."""
+    values = jnp.zeros(()) if values is None else jnp.where(mask, values, 0.0)
+    broken = (is_broken(jnp.where(mask, logprobs, 0.0)), is_broken(values), is_broken(loss))
+    return {name: x.astype(jnp.float32) for name, x in zip(BROKEN, broken, strict=True)}
+
+
+def is_zero(coef: float | jax.Array) -> bool:
+    """Whether a coefficient is known to be 0 before the program runs; one that is swept over is not."""
+    return not isinstance(coef, jax.Array) and coef == 0
+
+
+def _mean(x: jax.Array, batch: Minibatch, mask: jax.Array) -> jax.Array:
+    return jnp.sum(batch.token_weights * x, where=mask)
+
+
+def _share(x: jax.Array, batch: Minibatch, mask: jax.Array) -> jax.Array:
+    return _mean(x.astype(jnp.float32), batch, mask)
 
 
 def gradient(
@@ -127,6 +163,7 @@ def gradient(
     grads, history = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), minibatches(batch, parts))
     every = jnp.ones(parts, bool)
     metrics = {name: gathered(name, x, every) for name, x in history.items()}
+    metrics["noise/big"] = jnp.square(optax.tree.norm(grads))
     return grads, {name: x * parts if is_share(name) else x for name, x in metrics.items()}
 
 
@@ -172,13 +209,54 @@ def update(
     def loss(params: Params, batch: Minibatch) -> tuple[jax.Array, Metrics]:
         return ppo_loss(params, ref_params, model, batch, state.running.kl_coef, method, sampling)
 
-    def gradient_step(carry: tuple, data: tuple[Experience, Examples | None]) -> tuple[tuple, tuple]:
+    def part_gradient(params: Params, data: Experience, texts: Examples | None) -> tuple[Params, Metrics]:
+        data, texts = jax.lax.with_sharding_constraint((data, texts), shardings.batch)
+        return gradient(params, make_minibatch(data, texts, method), loss, config.accumulation)
+
+    params, opt_state, broken, metrics = descend(
+        part_gradient, tx, state.params, state.opt_state, experience, texts, key, config, spoilt
+    )
+    small, big = (metrics.pop(f"noise/{name}", jnp.zeros(())) for name in ("small", "big"))
+    if config.noise_scale:
+        size = len(experience.tokens) / config.num_minibatches
+        metrics["optim/noise_scale"] = noise_scale(small, big, size / config.accumulation, size)
+    return state.replace(params=params, opt_state=opt_state), broken, metrics
+
+
+def descend(
+    gradient: Callable[[Params, Rows, Any], tuple[Params, Metrics]],
+    tx: optax.GradientTransformation,
+    params: Params,
+    opt_state: optax.OptState,
+    experience: Rows,
+    texts: Any,
+    key: jax.Array,
+    config: DescentOptions,
+    spoilt: jax.Array | bool = False,
+) -> tuple[Params, optax.OptState, jax.Array, Metrics]:
+    """The passes of PPO over an experience of any kind: see `update`.
+
+    Args:
+        gradient: `gradient(params, rows, texts) -> (gradient, metrics)` of one minibatch.
+        tx: the optimizer.
+        params: what is trained.
+        opt_state: the optimizer's.
+        experience: rows, reshuffled every pass: a pytree of arrays `[B, ...]`.
+        texts: rows that go along in the same order in every pass, or None.
+        key: of the shuffles.
+        config: passes, gradient steps a pass, and when to stop.
+        spoilt: nothing is to be learned from this.
+
+    Returns:
+        (new parameters, the optimizer's new state, what was not finite `[quantities]` bool, metrics averaged over the
+        gradient steps).
+    """
+
+    def gradient_step(carry: tuple, data: tuple[Rows, Any]) -> tuple[tuple, tuple]:
         params, opt_state, stopped = carry
-        data = jax.lax.with_sharding_constraint(data, shardings.batch)
-        grads, metrics = gradient(params, make_minibatch(*data, method), loss, config.accumulation)
+        grads, metrics = gradient(params, *data)
         metrics["optim/grad_norm"] = optax.tree.norm(grads)
-        flags = [metrics.pop(f"broken/{name}") > 0 for name in ("logprob", "value", "loss")]
-        broken = jnp.concatenate([jnp.stack(flags), broken_leaves(grads)])
+        broken = jnp.concatenate([jnp.stack([metrics.pop(name) > 0 for name in BROKEN]), broken_leaves(grads)])
         finite = ~jnp.any(broken) & jnp.logical_not(spoilt)
         if config.target_kl:
             stopped |= metrics["policy/approx_kl"] > config.target_kl
@@ -192,7 +270,7 @@ def update(
         return (params, opt_state, stopped), (metrics, broken, finite, go)
 
     def epoch(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
-        order = jax.random.permutation(key, len(experience.tokens))
+        order = jax.random.permutation(key, len(jax.tree.leaves(experience)[0]))
         shuffled = jax.tree.map(lambda x: x[order], experience)
         data = minibatches((shuffled, texts), config.num_minibatches)
         if not config.target_kl:
@@ -207,19 +285,15 @@ def update(
             data,
         )
 
-    start = (state.params, state.opt_state, jnp.array(False))
+    start = (params, opt_state, jnp.array(False))
     (params, opt_state, _), (history, broken, finite, applied) = jax.lax.scan(
         epoch, start, jax.random.split(key, config.num_epochs)
     )  # each [num_epochs, num_minibatches, ...]
     metrics = {name: gathered(name, x, applied) for name, x in history.items()}
     # Before the first gradient step the policy that learns is the old one, unless the rollout is stale: a ratio that
     # differs from one by more than rounding is a defect.
-    first = {f"policy/first_{name}": history[f"policy/{name}"][0, 0] for name in ("ratio_dev", "approx_kl")}
+    metrics |= {f"policy/first_{name}": history[f"policy/{name}"][0, 0] for name in ("ratio_dev", "approx_kl")}
     del metrics["policy/ratio_dev"]
-    small, size = metrics.pop("noise/small", jnp.zeros(())), len(experience.tokens) / config.num_minibatches
-    if config.noise_scale:
-        big = gathered("", jnp.square(history["optim/grad_norm"]), applied)
-        metrics["optim/noise_scale"] = noise_scale(small, big, size / config.accumulation, size)
-    metrics |= first | {"policy/updates": jnp.sum(applied).astype(jnp.float32)}
+    metrics["policy/updates"] = jnp.sum(applied).astype(jnp.float32)
     metrics["guard/skipped"] = jnp.sum(~finite).astype(jnp.float32)
-    return state.replace(params=params, opt_state=opt_state), jnp.any(broken, axis=(0, 1)), metrics
+    return params, opt_state, jnp.any(broken, axis=(0, 1)), metrics

@@ -63,6 +63,7 @@ SAME_FLOOR_PAIRS = {
     ("update", "experience"),  # the parts of PPO, in the order in which they run
     ("ppo", "experience"),
     ("ppo", "update"),
+    ("control", "update"),  # the same passes and the same terms of the loss
     ("update", "sft"),  # an auxiliary loss on texts
     ("dpo", "sft"),  # log-probabilities of texts
     ("hub", "models"),  # a Hugging Face folder is read into a ModelConfig and parameters

@@ -67,7 +67,8 @@ def test_accumulated_gradients_are_those_of_the_whole_minibatch(how, rng):
     size = np.linalg.norm(whole_flat)
     assert size > 0.1
     assert np.linalg.norm(whole_flat - added_flat) < 1e-5 * size
-    small = added_metrics.pop("noise/small")
+    small, big = (added_metrics.pop(f"noise/{name}") for name in ("small", "big"))
+    close(big, float(optax.tree.norm(added)) ** 2, 1 + float(big))
     assert small > size**2  # the mean over the parts; smaller batches have more noise
     assert metrics.keys() == added_metrics.keys()
     for name in metrics:

@@ -2,12 +2,13 @@
 
 import dataclasses
 
-from ppo_jax.config.learning import LossOptions, OptimizerOptions
+from ppo_jax.config.control import ControlConfig
+from ppo_jax.config.learning import DescentOptions, LossOptions, OptimizerOptions
 from ppo_jax.config.option import option
 from ppo_jax.config.targets import AdvantageOptions, KLOptions, RewardOptions
 from ppo_jax.errors import check
 
-__all__ = ["PPOConfig", "option"]
+__all__ = ["ControlConfig", "DescentOptions", "PPOConfig", "option"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,3 @@ class PPOConfig(OptimizerOptions, LossOptions, AdvantageOptions, KLOptions, Rewa
         check("batch_size", size, size % parts == 0, f"a multiple of num_minibatches x accumulation ({parts})")
         overlong = self.overlong_buffer
         check("overlong_buffer", overlong, overlong <= self.response_length, "at most response_length")
-
-    @property
-    def updates_per_iteration(self) -> int:
-        """Gradient steps of one iteration."""
-        return self.num_epochs * self.num_minibatches

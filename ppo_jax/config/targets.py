@@ -53,13 +53,10 @@ class KLOptions:
     kl_clamp: float = option(math.inf, "log ratios of policy and reference are clipped to +- this many nats in it")
     kl_target: float = option(0.0, "nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed")
     kl_horizon: float = option(10_000.0, "with kl_target: sequences over which the adaptive kl_coef answers")
-    target_kl: float = option(
-        0.0, "nats a token from the old policy to the one that learns; a minibatch beyond ends the epochs; 0: never"
-    )
     exact_kl: bool = option(False, "logs the KL over the whole vocabulary as well: one more pass of the policy")
 
     def _check_kl(self) -> None:
-        for name in "kl_coef kl_target target_kl".split():
+        for name in "kl_coef kl_target".split():
             check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in "kl_horizon kl_clamp".split():
             check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
