@@ -9,6 +9,7 @@ A file in `experiments/configs/` starts from the defaults here:
 """
 
 from experiments.settings.compare import CompareExperiment
+from experiments.settings.control import ControlExperiment
 from experiments.settings.dpo import DPOExperiment
 from experiments.settings.evaluation import BestOfNExperiment, EvaluateExperiment
 from experiments.settings.feedback import FeedbackExperiment
@@ -22,6 +23,7 @@ __all__ = [
     "Architecture",
     "BestOfNExperiment",
     "CompareExperiment",
+    "ControlExperiment",
     "CorpusSettings",
     "DPOExperiment",
     "EvaluateExperiment",
