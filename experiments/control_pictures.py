@@ -77,8 +77,11 @@ def draw_choices(settings: ControlExperiment, net: Architecture, snapshots: Para
 
 def both(net: Architecture, params: Params, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values and the policy's output."""
-    given = jnp.asarray(observations, jnp.float32)
-    return jax.device_get(jax.jit(lambda params, x: (value(params, net, x), policy_output(params, net, x)))(params, given))
+
+    def look(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return value(params, net, x), policy_output(params, net, x)
+
+    return jax.device_get(jax.jit(look)(params, jnp.asarray(observations, jnp.float32)))
 
 
 def probability_of_one(logits: np.ndarray) -> np.ndarray:
@@ -91,7 +94,7 @@ def pole_states(env: Environment, net: Architecture, params: Params, seed: int) 
 
     def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
         state, observation = carry
-        actions, _ = choose(params, net, observation[None], jnp.zeros((1, net.action_size)))
+        actions = choose(params, net, observation[None], jnp.zeros((1, net.action_size)))[0]
         after = env.step(state, to_environment(actions, env.actions)[0])
         return (after.state, after.observation), (observation, after.terminated | after.truncated)
 

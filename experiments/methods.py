@@ -178,5 +178,5 @@ def _settings_of(function: Callable) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _bound(function: Callable, config: PPOConfig) -> Callable:
+def _bound(function: Callable, config: PPOConfig | ControlConfig) -> Callable:
     return partial(function, **{name: getattr(config, name) for name in _settings_of(function)})

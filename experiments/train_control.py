@@ -126,6 +126,13 @@ def solved_after(env_steps: Any, returns: Any, level: float) -> int | None:
     return int(env_steps[reached[0]]) if len(reached) else None
 
 
+def final_agents(snapshots: Params) -> dict[str, np.ndarray]:
+    """The parameters after the last iteration, `[agents, ...]`, by names such as actor_0.kernel."""
+    leaves = jax.tree_util.tree_leaves_with_path(snapshots)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {name: np.ascontiguousarray(x[:, -1]) for name, (_, x) in zip(names, leaves, strict=True)}
+
+
 def refuse_broken(history: dict[str, np.ndarray]) -> None:
     """Ends a run whose gradients were not finite; its metrics are written.
 
@@ -149,8 +156,8 @@ def show(results: dict[str, Any], workdir: Path) -> None:
         spread = f" (of {len(returns)} agents: {returns.min():.1f} to {returns.max():.1f})" if len(returns) > 1 else ""
         print(f"{name}mean return after {results['env_steps']:,} steps: {own['return_mean']:.1f}{spread}")
         if "solved_after_steps" in own:
-            times = [f"{x:,}" if x is not None else "never" for x in own["solved_after_steps"]]
-            print(f"  solved after {', '.join(times)} steps")
+            times = [f"{x:,}" if x is not None else "-" for x in own["solved_after_steps"]]
+            print(f"  steps until it was solved: {', '.join(times)}")
     compiled = f"; compiled in {results['compile_s']:.1f} s" if results["compile_s"] is not None else ""
     print(f"{results['steps_per_s']:,.0f} steps a second, {results['run_s']:.2f} s{compiled}; {workdir / 'curves.png'}")
 
@@ -168,16 +175,11 @@ def main(settings: ControlExperiment, workdir: Path) -> None:
     refuse_broken(outcome.history)
     curves = learnings(settings, outcome.history)
     plot_learning(curves, workdir / "curves.png", title=f"{settings.env}: {workdir.name}", solved_at=outcome.solved_at)
-    final = {f"{layer}.{name}": x[:, -1] for layer, x in _layers(outcome.snapshots).items() for name, x in x.items()}
-    atomic_write(workdir / "agents.safetensors", safetensors_bytes({k: np.ascontiguousarray(x) for k, x in final.items()}))
+    atomic_write(workdir / "agents.safetensors", safetensors_bytes(final_agents(outcome.snapshots)))
     draw(settings, jax.tree.map(lambda x: x[0], outcome.snapshots), workdir)
     results = results_of(settings, outcome)
     write_json(workdir / "results.json", results)
     show(results, workdir)
-
-
-def _layers(params: Params) -> dict[str, dict[str, np.ndarray]]:
-    return {name: x if isinstance(x, dict) else {"value": x} for name, x in params.items()}
 
 
 def dry_run(settings: ControlExperiment) -> None:

@@ -82,7 +82,7 @@ class Steps:
     values: jax.Array
     advantages: jax.Array
     returns: jax.Array
-    importance: None = None
+    importance: jax.Array | None = None  # what acts is what learns
 
     def replace(self, **changes: Any) -> Self:
         """The same with some fields exchanged."""
@@ -109,7 +109,9 @@ def to_environment(actions: jax.Array, space: Discrete | Box) -> jax.Array:
     """What an environment is given: continuous actions of +-1 are the ends of its range, and none is beyond them."""
     if isinstance(space, Discrete):
         return actions
-    low, high = (jnp.asarray(x, jnp.float32).reshape((1,) * (actions.ndim - 1) + (-1,)) for x in (space.low, space.high))
+    low, high = (
+        jnp.asarray(x, jnp.float32).reshape((1,) * (actions.ndim - 1) + (-1,)) for x in (space.low, space.high)
+    )
     return jnp.clip((low + high) / 2 + actions * (high - low) / 2, low, high)
 
 
@@ -153,9 +155,7 @@ def act(
         def begun(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-        states, observations = jax.tree.map(
-            begun, (fresh_states, fresh_observations), (after.state, after.observation)
-        )
+        states, observations = jax.tree.map(begun, (fresh_states, fresh_observations), (after.state, after.observation))
         seen = (worlds.observations, actions, logprobs, after.reward, after.terminated, after.truncated)
         ended = {"count": done, "return": jnp.where(done, returns, 0.0), "length": jnp.where(done, lengths, 0.0)}
         worlds = Worlds(states, observations, jnp.where(done, 0.0, returns), jnp.where(done, 0.0, lengths))
@@ -219,19 +219,25 @@ def learn(
         return jax.grad(control_loss, has_aux=True)(params, net, steps, method)
 
     params, opt_state, broken, metrics = descend(gradient, tx, params, opt_state, steps, None, key, method.config)
-    return params, opt_state, metrics | {
-        "value/mean": masked_mean(steps.values, every),
-        "value/explained_var": explained_variance(steps.values, steps.returns, every),
-        "advantage/std": masked_std(steps.advantages, every),
-        "guard/first_broken": first_broken(broken),
-    }
+    return (
+        params,
+        opt_state,
+        metrics
+        | {
+            "value/mean": masked_mean(steps.values, every),
+            "value/explained_var": explained_variance(steps.values, steps.returns, every),
+            "advantage/std": masked_std(steps.advantages, every),
+            "guard/first_broken": first_broken(broken),
+        },
+    )
 
 
 def evaluate(
     env: Environment, net: Architecture, params: Params, key: jax.Array, episodes: int, greedy: bool
 ) -> jax.Array:
     """Undiscounted returns `[episodes]` of whole episodes; `greedy`: of the likeliest actions."""
-    states, observations = jax.vmap(env.reset)(jax.random.split(key, episodes))
+    reset_key, noise_key = jax.random.split(key)
+    states, observations = jax.vmap(env.reset)(jax.random.split(reset_key, episodes))
 
     def going(carry: tuple) -> jax.Array:
         return jnp.any(carry[2])
@@ -240,7 +246,7 @@ def evaluate(
         states, observations, alive, returns, t = carry
         noise = jnp.zeros((episodes, net.action_size))
         if not greedy:
-            noise = draw_noise(jax.random.fold_in(key, t), net, (episodes,))
+            noise = draw_noise(jax.random.fold_in(noise_key, t), net, (episodes,))
         actions, _ = choose(params, net, observations, noise)
         after = jax.vmap(env.step)(states, to_environment(actions, env.actions))
         returns += jnp.where(alive, after.reward, 0.0)
@@ -327,7 +333,9 @@ class HostSteps(NamedTuple):
     """The compiled pieces for environments that step on the host."""
 
     init: Wrapped  # key -> (parameters, the optimizer's state)
-    act: Wrapped  # (parameters, observations [N, D], key) -> (actions, what the environment is given, log-probabilities)
+    act: (
+        Wrapped  # (parameters, observations [N, D], key) -> (actions, what the environment is given, log-probabilities)
+    )
     best: Wrapped  # (parameters, observations [N, D]) -> what the environment is given
     learn: Wrapped  # (parameters, the optimizer's state, trajectory, key) -> (parameters, state, metrics)
 
@@ -355,7 +363,7 @@ def make_host_steps(env: Any, config: ControlConfig, bind: Bind, plan: Plan) -> 
         nothing = jnp.zeros((len(observations), net.action_size))
         return to_environment(choose(params, net, observations, nothing)[0], env.actions)
 
-    return HostSteps(*(jax.jit(f) for f in (init, sample, best)), jax.jit(partial(learn, net, tx, method)))
+    return HostSteps(jax.jit(init), jax.jit(sample), jax.jit(best), jax.jit(partial(learn, net, tx, method)))
 
 
 def _with(config: ControlConfig, values: Mapping[str, jax.Array]) -> ControlConfig:

@@ -20,7 +20,6 @@ from ppo_jax.sft import predicted, token_logprobs
 from ppo_jax.sharding import Shardings, minibatches
 from ppo_jax.types import Examples, Experience, Metrics, Params, TrainState
 
-
 Rows = TypeVar("Rows")
 
 BROKEN = ("broken/logprob", "broken/value", "broken/loss")  # metrics of a gradient step, in the order of guard.LOSS
@@ -29,7 +28,7 @@ BROKEN = ("broken/logprob", "broken/value", "broken/loss")  # metrics of a gradi
 class Minibatch(NamedTuple):
     """What one gradient step learns from. Every mean over it is a weighted sum, so that parts of it add up to it."""
 
-    experience: Experience
+    experience: Any  # an Experience; of a control task its Steps
     policy_weights: jax.Array  # [b, R]: as `loss_aggregation` says
     token_weights: jax.Array  # [b, R]: the mean over all tokens
     texts: Examples | None  # for the auxiliary next-token loss
@@ -104,9 +103,9 @@ def ppo_loss(
 
 
 def policy_terms(
-    logprobs: jax.Array, entropy: jax.Array, batch: Minibatch, mask: jax.Array, method: Method
+    logprobs: jax.Array, entropy: jax.Array, batch: Minibatch, mask: jax.Array, method: Any
 ) -> tuple[jax.Array, Metrics]:
-    """Surrogate of the policy - ent_coef x entropy; (loss `[]`, `policy/*` metrics). All arrays have the mask's shape."""
+    """Surrogate of the policy - ent_coef x entropy; (loss `[]`, `policy/*` metrics). Arrays have the mask's shape."""
     config, data = method.config, batch.experience
     surrogate, clipped = method.surrogate(logprobs, data.logprobs, data.advantages, mask)
     if data.importance is not None:
@@ -119,7 +118,7 @@ def policy_terms(
     return loss, {f"policy/{name}": x for name, x in metrics.items()}
 
 
-def value_terms(values: jax.Array, batch: Minibatch, mask: jax.Array, method: Method) -> tuple[jax.Array, Metrics]:
+def value_terms(values: jax.Array, batch: Minibatch, mask: jax.Array, method: Any) -> tuple[jax.Array, Metrics]:
     """vf_coef x error of the critic; (loss `[]`, `value/*` metrics)."""
     data = batch.experience
     errors, clipped = method.value_error(values, data.values, data.returns, mask)

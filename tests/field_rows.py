@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments import settings as kinds
 from experiments.methods import METHODS
-from ppo_jax.config import PPOConfig
+from ppo_jax.config import ControlConfig, PPOConfig
 from ppo_jax.dpo import DPOConfig
 from ppo_jax.models import LoRAConfig, ModelConfig
 from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
@@ -173,6 +173,7 @@ BASES: dict[type, dict[str, Any]] = {
                                num_eval_prompts=4,
                                ppo=kinds.PPOExperiment(ppo=PPOConfig(prompt_length=8, response_length=4))),
     kinds.CompareExperiment: dict(variants="a; b: ppo.lr=0.1", base=kinds.PPOExperiment()),
+    ControlConfig: dict(num_envs=2, num_steps=4, num_epochs=1, width=4, depth=1, lr=0.1),
 }  # fmt: skip
 
 SFT_RUN, DPO_RUN = (
@@ -319,6 +320,50 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "retries": "test_rewards_http.py::test_a_service_that_stays_down_is_an_error_in_the_end",
         "batch_size": "test_rewards_http.py::test_many_are_sent_in_parts_and_keep_their_order",
         "backoff_s": "test_rewards_http.py::test_the_pauses_double_up_to_half_a_minute",
+    },
+    ControlConfig: {
+        "policy_loss": row("none") + row("cispo", clip_eps_high=0.3),
+        "clip_eps": row(0.05),
+        "clip_eps_high": row(0.6),
+        "dual_clip": row(1.2),
+        "ent_coef": row(0.1),
+        "value_loss": row("clip", "huber", **TWICE),
+        "value_clip_eps": row(0.01, value_loss="clip", **TWICE),
+        "huber_delta": row(0.05, value_loss="huber"),
+        "vf_coef": row(0.7),
+        "num_epochs": row(2),
+        "num_minibatches": row(2),
+        "target_kl": row(1e-4, **TWICE),
+        "ratio_threshold": row(0.1),
+        "lr": row(0.2),
+        "lr_schedule": row("constant", "cosine", **TWICE),
+        "warmup_iterations": row(2, 3),
+        "adam_b1": row(0.5, **TWICE),
+        "adam_b2": row(0.9, **TWICE),
+        "adam_eps": row(1e-2),
+        "adam_eps_form": row("tensorflow", adam_eps=1e-2),
+        "weight_decay": row(0.5),
+        "max_grad_norm": row(1e-3, adam_eps=1e-2),
+        "num_envs": row(3),
+        "num_steps": row(5),
+        "gamma": row(0.5),
+        "gae_lambda": row(0.2),
+        "whiten_advantages": row("none", "batch", num_minibatches=2),
+        "whiten_shift": row(False),
+        "trunk": row("shared"),
+        "width": row(5),
+        "depth": row(2),
+    },
+    kinds.ControlExperiment: {
+        "env": "test_train_control.py::test_each_task_runs_and_leaves_its_pictures",
+        "seed": "test_train_control.py::test_seed_and_plan_are_what_the_run_has",
+        "num_seeds": "test_train_control.py::test_a_sweep_over_seeds_and_settings",
+        "sweep": "test_train_control.py::test_a_sweep_over_seeds_and_settings",
+        "num_iterations": "test_train_control.py::test_seed_and_plan_are_what_the_run_has",
+        "eval_every": "test_train_control.py::test_seed_and_plan_are_what_the_run_has",
+        "eval_episodes": "test_control.py::test_an_evaluation_is_whole_episodes",
+        "eval_greedy": "test_control.py::test_an_evaluation_is_whole_episodes",
+        "ppo": row(ControlConfig(num_epochs=3), by="control"),
     },
     DPOConfig: {
         "loss": row("ipo", "kto"),

@@ -44,12 +44,15 @@ from experiments import (
     train_sft,
 )
 from experiments import settings as kinds
-from experiments.methods import METHODS, idle, resolve
-from ppo_jax.config import PPOConfig
+from experiments.methods import METHODS, idle, resolve, resolve_control
+from ppo_jax.config import ControlConfig, PPOConfig
+from ppo_jax.control import act, architecture, learn, make_tx, new_worlds
 from ppo_jax.dpo import DPOConfig, preference_loss
+from ppo_jax.envs import QUADRANTS
 from ppo_jax.errors import InputError
 from ppo_jax.feedback.simulated import annotate
 from ppo_jax.models import ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, overlay, rope
+from ppo_jax.models.control import init_networks
 from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 from ppo_jax.policy import policy_sampling
 from ppo_jax.ppo import init_state, make_train_step
@@ -63,7 +66,7 @@ NOT_SETTINGS = {  # dataclasses that hold what was computed or read
     "Prompts", "Examples", "Comparisons", "Ratings", "Rollout", "Experience", "Scores", "Running", "TrainState",
     "Preferences", "PreferenceSet", "JudgedSet", "Judged", "ExampleSet", "Texts", "PromptSet", "SpecialTokens",
     "Family", "Item", "Shown", "Judgement", "Progress", "Panel", "Course", "Verdict", "Picture", "Table", "Section",
-    "Review",
+    "Review", "Discrete", "Box", "Environment", "Steps", "Learning",
 }  # fmt: skip
 
 
@@ -524,6 +527,22 @@ def of_architecture(settings: kinds.Architecture, case: Case) -> str:
     return repr(settings.model_config(30, "float32"))
 
 
+def of_control(config: ControlConfig, case: Case) -> str:
+    """An iteration of control, learning from a trajectory whose ratios are far from one."""
+    method, net, tx = resolve_control(config), architecture(QUADRANTS, config), make_tx(config, 5)
+    with jax.disable_jit():
+        keys = [jax.random.key(i) for i in range(4)]
+        params = init_networks(keys[0], net)
+        worlds = new_worlds(QUADRANTS, keys[1], config.num_envs)
+        _, trajectory, _ = act(QUADRANTS, net, params, worlds, keys[2], config.num_steps)
+        moved = trajectory.logprobs + jnp.where(jnp.arange(config.num_envs) % 2, 0.7, -0.7)[None]
+        rewards = trajectory.rewards + jnp.arange(config.num_steps)[:, None]
+        trajectory = trajectory._replace(logprobs=moved, rewards=rewards)
+        params, _, metrics = learn(net, tx, method, params, tx.init(params), trajectory, keys[3])
+    assert metrics["guard/first_broken"] == -1
+    return digest((params, metrics))
+
+
 OUTPUTS = {
     PPOConfig: lambda config, case: learned(config),
     ModelConfig: of_model,
@@ -550,6 +569,9 @@ OUTPUTS = {
     (kinds.SFTExperiment, "resumed"): resumed(train_sft),
     (kinds.RewardExperiment, "resumed"): resumed(train_reward),
     (kinds.DPOExperiment, "resumed"): resumed(train_dpo),
+    ControlConfig: of_control,
+    kinds.ControlExperiment: lambda settings, case: repr(settings),
+    "control": lambda settings, case: of_control(dataclasses.replace(settings.ppo, num_steps=2), case),
     "sampled": lambda config, case: sampled(config),
     "watched": lambda config, case: watched(config, case.folder),
     "prepared": ppo_with,

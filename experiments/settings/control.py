@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 from experiments.methods import resolve_control
 from experiments.settings.machinery import check_at_least
@@ -44,8 +45,8 @@ class ControlExperiment:
         check_at_least(self, 1, "num_seeds num_iterations eval_every eval_episodes")
         total, every = self.num_iterations, self.eval_every
         check("num_iterations", total, total % every == 0, f"a multiple of eval_every ({every})")
-        for agents in self.settings().values():
-            resolve_control(dataclasses.replace(self.ppo, **agents))
+        for values in self.settings().values():
+            resolve_control(dataclasses.replace(self.ppo, **values))
         if self.on_host:
             check("num_seeds", self.num_seeds, self.num_seeds == 1, "1 with an environment on the host")
             check("sweep", self.sweep, not self.sweep, "nothing with an environment on the host")
@@ -55,7 +56,7 @@ class ControlExperiment:
         """Whether the environment steps on the host."""
         return self.env.startswith(HOST)
 
-    def settings(self) -> dict[str, dict[str, float]]:
+    def settings(self) -> dict[str, dict[str, Any]]:
         """Every combination of `sweep`, by its name; "" without one.
 
         Raises:

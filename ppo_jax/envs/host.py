@@ -33,11 +33,11 @@ class HostEnvironments:
         seen, actions = self._envs.single_observation_space, self._envs.single_action_space
         row = isinstance(seen, gymnasium.spaces.Box) and len(seen.shape) == 1
         check(f"env: gym:{name}: observations", seen, row, "a Box of one dimension")
-        self.observation_size = seen.shape[0]
         self.actions = _space(name, gymnasium.spaces, actions)
         self._shift = int(actions.start) if isinstance(actions, gymnasium.spaces.Discrete) else 0
         self.solved_at = self._envs.spec.reward_threshold if self._envs.spec else None
-        self.observations = np.asarray(self._envs.reset(seed=seed)[0], np.float32)
+        self.reset(seed)
+        self.observation_size = self.observations.shape[1]
 
     def reset(self, seed: int) -> None:
         """Begins all episodes anew."""
