@@ -16,6 +16,7 @@ from experiments.settings import (
     Architecture,
     BestOfNExperiment,
     CompareExperiment,
+    ControlExperiment,
     CorpusSettings,
     DPOExperiment,
     EvaluateExperiment,
@@ -45,6 +46,7 @@ SCRIPTS = {
     "train_dpo": DPOExperiment,
     "best_of_n": BestOfNExperiment,
     "compare": CompareExperiment,
+    "train_control": ControlExperiment,
 }
 KINDS = tuple(SCRIPTS.values())
 ALL = (*KINDS, MeshSettings, Architecture, CorpusSettings, LoRASettings, PPOConfig)
