@@ -3,7 +3,7 @@
     python experiments/train_control.py --config=experiments/configs/pendulum.py --workdir=runs/pendulum
 
 256 iterations of 8 x 128 steps, 262,144 in all. Mean return of 100 episodes: -190 to -148 in 10 of 10 seeds, which
-learn in one program (--config.num_seeds=10) in 20 s on two CPU cores. (2026-11-30, Python 3.11, jax 0.10.2.)
+learn in one program (--config.num_seeds=10) in 20 seconds on two CPU cores. (2026-11-30, Python 3.11, jax 0.10.2.)
 """
 
 import ml_collections
