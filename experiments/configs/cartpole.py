@@ -24,4 +24,5 @@ def get_config() -> ml_collections.ConfigDict:
     """The settings."""
     config = defaults(ControlExperiment)
     config.env = "CartPole-v1"
+    config.num_iterations = 390
     return config

@@ -31,7 +31,7 @@ class ControlExperiment:
         "settings of which every combination is trained, all in one program: FIELD=VALUE,VALUE FIELD=VALUE,VALUE with "
         "fields of ppo: " + ", ".join(SWEEPABLE),
     )
-    num_iterations: int = option(390, "iterations of ppo.num_envs x ppo.num_steps steps; a multiple of eval_every")
+    num_iterations: int = option(195, "iterations of ppo.num_envs x ppo.num_steps steps; a multiple of eval_every")
     eval_every: int = option(13, "iterations between evaluations; there is one before the first as well")
     eval_episodes: int = option(100, "episodes of an evaluation")
     eval_greedy: bool = option(True, "evaluations take the likeliest action, else they sample")
