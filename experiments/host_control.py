@@ -18,7 +18,7 @@ def train_on_host(settings: ControlExperiment, plan: Plan) -> tuple:
     name, config, seed = settings.env.partition(":")[2], settings.ppo, settings.seed
     envs = HostEnvironments(name, config.num_envs, seed)
     trials = HostEnvironments(name, min(plan.eval_episodes, 16), seed + 1)
-    steps = make_host_steps(envs, config, bind_control, plan)
+    steps = make_host_steps(envs, config, bind_control, plan.num_iterations)
     init_key, key = jax.random.split(jax.random.key(seed))
     began = time.perf_counter()
     params, opt_state = steps.init(init_key)

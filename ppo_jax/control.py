@@ -18,7 +18,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +83,6 @@ class Steps:
     advantages: jax.Array
     returns: jax.Array
     importance: jax.Array | None = None  # what acts is what learns
-
-    def replace(self, **changes: Any) -> Self:
-        """The same with some fields exchanged."""
-        return dataclasses.replace(self, **changes)
 
 
 class Worlds(NamedTuple):
@@ -190,7 +186,7 @@ def control_loss(params: Params, net: Architecture, steps: Steps, method: Contro
     mask = jnp.ones_like(steps.logprobs, bool)
     if method.config.whiten_advantages == "minibatch":
         whitened = masked_whiten(steps.advantages, mask, shift_mean=method.config.whiten_shift)
-        steps = steps.replace(advantages=whitened)
+        steps = dataclasses.replace(steps, advantages=whitened)
     weights = aggregation_weights(mask, "token")
     batch = Minibatch(steps, weights, weights, None, None)
     output = policy_output(params, net, steps.observations)
@@ -333,23 +329,21 @@ class HostSteps(NamedTuple):
     """The compiled pieces for environments that step on the host."""
 
     init: Wrapped  # key -> (parameters, the optimizer's state)
-    act: (
-        Wrapped  # (parameters, observations [N, D], key) -> (actions, what the environment is given, log-probabilities)
-    )
+    act: Wrapped  # (parameters, observations [N, D], key) -> (actions, what the environment is given, logprobs)
     best: Wrapped  # (parameters, observations [N, D]) -> what the environment is given
     learn: Wrapped  # (parameters, the optimizer's state, trajectory, key) -> (parameters, state, metrics)
 
 
-def make_host_steps(env: Any, config: ControlConfig, bind: Bind, plan: Plan) -> HostSteps:
+def make_host_steps(env: Any, config: ControlConfig, bind: Bind, num_iterations: int) -> HostSteps:
     """The pieces of `make_training` as programs of their own, with the environment in between.
 
     Args:
         env: anything with `observation_size` and `actions`.
         config: the settings.
         bind: resolves the names in the settings.
-        plan: iterations, for the schedule of the learning rate.
+        num_iterations: of the run, for the schedule of the learning rate.
     """
-    net, method, tx = architecture(env, config), bind(config), make_tx(config, plan.num_iterations)
+    net, method, tx = architecture(env, config), bind(config), make_tx(config, num_iterations)
 
     def init(key: jax.Array) -> tuple[Params, optax.OptState]:
         params = init_networks(key, net)
