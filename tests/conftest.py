@@ -92,6 +92,14 @@ def key(seed) -> jax.Array:
     return jax.random.key(seed)
 
 
+@pytest.fixture(scope="module")
+def empty_caches() -> None:
+    """For modules that count a function's compiled programs (`_cache_size`): JAX keeps at most 8,192 of all functions
+    together, and has none of a function that comes after those of a long run of tests.
+    """
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The browser; tests/browser is not collected without one."""

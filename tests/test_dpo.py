@@ -34,6 +34,8 @@ from ppo_jax.preferences import Judged
 from ppo_jax.sharding import make_mesh, make_shardings
 from ppo_jax.types import Examples
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
 B, S, V = 8, 40, 37  # more than a chunk of 32 logits
 CONFIG = ModelConfig(
     vocab_size=V, num_layers=1, num_heads=4, num_kv_heads=2, width=16, mlp_width=24, max_positions=S, rope_theta=100.0

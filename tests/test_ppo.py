@@ -38,6 +38,8 @@ from ppo_jax.optim import make_optimizer
 from ppo_jax.ppo import due, init_state, make_train_step, nothing_sampled
 from ppo_jax.types import Scores, TrainState
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
 LLAMA, TWO_LAYERS = ONE_LAYER["llama"], MODELS["llama"]
 CONFIG = dataclasses.replace(PPO, kl_target=2.0, kl_horizon=80.0)
 GROUPS = dataclasses.replace(

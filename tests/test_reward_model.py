@@ -27,6 +27,8 @@ from ppo_jax.reward_model import (
 from ppo_jax.sharding import make_mesh, make_shardings
 from ppo_jax.types import Comparisons, Ratings
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
 B, C, S = 8, 3, 7
 LLAMA, GPT2 = (dataclasses.replace(MODELS[name], num_layers=1, tie_embeddings=True) for name in ("llama", "gpt2"))
 MODEL = RewardModel(LLAMA)

@@ -20,6 +20,8 @@ from ppo_jax.sft import SFTStep, make_sft_step, sft_loss, token_logprobs
 from ppo_jax.sharding import make_mesh, make_shardings, minibatches
 from ppo_jax.types import Examples
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
 S = 40  # more than a chunk of 32 logits
 LLAMA = dataclasses.replace(MODELS["llama"], num_layers=1)
 MODEL = Decoder(LLAMA)

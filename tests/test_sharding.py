@@ -31,6 +31,8 @@ from ppo_jax.ppo import init_state
 from ppo_jax.sharding import RULES, make_mesh, make_shardings, param_shardings
 from ppo_jax.types import TrainState
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
 # A vocabulary that an axis of two divides, so that every matrix is cut.
 GPT2, LLAMA = (dataclasses.replace(MODELS[name], num_layers=1, vocab_size=40) for name in ("gpt2", "llama"))
 UNTIED = dataclasses.replace(LLAMA, tie_embeddings=False, attention_bias=True, mlp_bias=True)
