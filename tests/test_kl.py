@@ -223,10 +223,11 @@ def test_estimate_gradient(rng, estimator, clamp):
 def test_straight_through_is_exactly_the_value_of_k3_with_exactly_the_gradient_of_k2(rng):
     logprobs, ref = draw(rng)
 
-    def jitted(estimator):
-        return jax.jit(jax.vjp, static_argnums=0)(lambda p: kl.kl_estimate(p, ref, estimator), logprobs)
+    def of(estimator):
+        # Operation by operation: two compiled programs may round the same expm1 differently.
+        return jax.vjp(lambda p: kl.kl_estimate(p, ref, estimator), logprobs)
 
-    (value, pull), (k3, _), (_, k2_pull) = (jitted(name) for name in ("k3_k2", "k3", "k2"))
+    (value, pull), (k3, _), (_, k2_pull) = (of(name) for name in ("k3_k2", "k3", "k2"))
     np.testing.assert_array_equal(value, k3)
     np.testing.assert_array_equal(pull(jnp.ones_like(value)), k2_pull(jnp.ones_like(value)))
     assert (np.asarray(value) != np.asarray(kl.kl_estimate(logprobs, ref, "k2"))).any()
