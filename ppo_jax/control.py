@@ -36,6 +36,7 @@ from ppo_jax.models.control import (
     choose,
     draw_noise,
     init_networks,
+    pack,
     policy_output,
     value,
 )
@@ -207,16 +208,20 @@ def learn(
     trajectory: Trajectory,
     key: jax.Array,
 ) -> tuple[Params, optax.OptState, Metrics]:
-    """From a trajectory to new parameters; (parameters, the optimizer's state, metrics)."""
+    """From a trajectory to new parameters; (parameters, the optimizer's state, of `pack`ed parameters, metrics)."""
     steps = make_targets(net, params, trajectory, method.config)
     every = jnp.ones_like(steps.values, bool)
+    packed, unpack = pack(params)
 
-    def gradient(params: Params, steps: Steps, texts: None) -> tuple[Params, Metrics]:
-        return jax.grad(control_loss, has_aux=True)(params, net, steps, method)
+    def loss(packed: Params, steps: Steps) -> tuple[jax.Array, Metrics]:
+        return control_loss(unpack(packed), net, steps, method)
 
-    params, opt_state, broken, metrics = descend(gradient, tx, params, opt_state, steps, None, key, method.config)
+    def gradient(packed: Params, steps: Steps, texts: None) -> tuple[Params, Metrics]:
+        return jax.grad(loss, has_aux=True)(packed, steps)
+
+    packed, opt_state, broken, metrics = descend(gradient, tx, packed, opt_state, steps, None, key, method.config)
     return (
-        params,
+        unpack(packed),
         opt_state,
         metrics
         | {
@@ -303,7 +308,7 @@ def make_training(env: Environment, config: ControlConfig, bind: Bind, plan: Pla
             )
             return carry, (carry[0], summarize(history, ended) | look(carry[0], number + 1))
 
-        start = (params, tx.init(params), new_worlds(env, world_key, config.num_envs))
+        start = (params, tx.init(pack(params)[0]), new_worlds(env, world_key, config.num_envs))
         first = look(params, 0)
         _, (snapshots, history) = jax.lax.scan(stage, start, jnp.arange(plan.num_iterations // plan.eval_every))
         snapshots = jax.tree.map(lambda x, later: jnp.concatenate([x[None], later]), params, snapshots)
@@ -347,7 +352,7 @@ def make_host_steps(env: Any, config: ControlConfig, bind: Bind, num_iterations:
 
     def init(key: jax.Array) -> tuple[Params, optax.OptState]:
         params = init_networks(key, net)
-        return params, tx.init(params)
+        return params, tx.init(pack(params)[0])
 
     def sample(params: Params, observations: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         actions, logprobs = choose(params, net, observations, draw_noise(key, net, observations.shape[:1]))

@@ -268,8 +268,7 @@ def descend(
         params, opt_state = jax.lax.cond(go, apply, lambda *same: same, params, opt_state)
         return (params, opt_state, stopped), (metrics, broken, finite, go)
 
-    def epoch(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
-        order = jax.random.permutation(key, len(jax.tree.leaves(experience)[0]))
+    def epoch(carry: tuple, order: jax.Array) -> tuple[tuple, tuple]:
         shuffled = jax.tree.map(lambda x: x[order], experience)
         data = minibatches((shuffled, texts), config.num_minibatches)
         if not config.target_kl:
@@ -284,9 +283,12 @@ def descend(
             data,
         )
 
+    keys = jax.random.split(key, config.num_epochs)
+    size = len(jax.tree.leaves(experience)[0])
+    orders = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
     start = (params, opt_state, jnp.array(False))
     (params, opt_state, _), (history, broken, finite, applied) = jax.lax.scan(
-        epoch, start, jax.random.split(key, config.num_epochs)
+        epoch, start, orders
     )  # each [num_epochs, num_minibatches, ...]
     metrics = {name: gathered(name, x, applied) for name, x in history.items()}
     # Before the first gradient step the policy that learns is the old one, unless the rollout is stale: a ratio that

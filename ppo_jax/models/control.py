@@ -4,10 +4,12 @@ Plain functions over a dictionary of matrices: a program of a second of training
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from ppo_jax.numerics import logprobs_and_entropy
 from ppo_jax.types import Params
@@ -52,6 +54,26 @@ def _orthogonal(key: jax.Array, count: int, side: int) -> jax.Array:
     """Uniformly random orthogonal matrices `[count, side, side]`."""
     q, r = jnp.linalg.qr(jax.random.normal(key, (count, side, side)))
     return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]  # else they are not uniform
+
+
+def pack(params: Params) -> tuple[Params, Callable[[Params], Params]]:
+    """All matrices in one array and everything else in another, and the function that takes them apart again.
+
+    What an optimizer does with a dozen small arrays takes several times as long, to run and to compile.
+
+    Returns:
+        ({"matrices": `[1, n]`, which decay as matrices do, "vectors": `[m]`}, packed -> params).
+    """
+    leaves, tree = jax.tree.flatten(params)
+    flat, unravel = {}, {}
+    for name, ours in (("matrices", lambda x: x.ndim == 2), ("vectors", lambda x: x.ndim != 2)):
+        flat[name], unravel[name] = ravel_pytree([x for x in leaves if ours(x)])
+
+    def unpack(packed: Params) -> Params:
+        parts = {name: iter(unravel[name](x.ravel())) for name, x in packed.items()}
+        return tree.unflatten(next(parts["matrices" if x.ndim == 2 else "vectors"]) for x in leaves)
+
+    return {"matrices": flat["matrices"][None], "vectors": flat["vectors"]}, unpack
 
 
 def trunks(net: Architecture) -> tuple[str, ...]:
