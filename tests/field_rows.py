@@ -365,6 +365,11 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "eval_greedy": "test_control.py::test_an_evaluation_is_whole_episodes",
         "ppo": row(ControlConfig(num_epochs=3), by="control"),
     },
+    kinds.BenchmarkExperiment: {
+        "work": "test_benchmark.py::test_rows_are_measured_written_and_not_measured_again",
+        "rounds": "test_benchmark.py::test_rows_are_measured_written_and_not_measured_again",
+        "only": "test_benchmark.py::test_rows_are_measured_written_and_not_measured_again",
+    },
     DPOConfig: {
         "loss": row("ipo", "kto"),
         "beta": row(0.3) + row(0.3, loss="ipo") + row(0.3, loss="kto"),

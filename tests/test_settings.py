@@ -14,6 +14,7 @@ from experiments import settings
 from experiments.methods import METHODS
 from experiments.settings import (
     Architecture,
+    BenchmarkExperiment,
     BestOfNExperiment,
     CompareExperiment,
     ControlExperiment,
@@ -47,6 +48,7 @@ SCRIPTS = {
     "best_of_n": BestOfNExperiment,
     "compare": CompareExperiment,
     "train_control": ControlExperiment,
+    "benchmark": BenchmarkExperiment,
 }
 KINDS = tuple(SCRIPTS.values())
 ALL = (*KINDS, MeshSettings, Architecture, CorpusSettings, LoRASettings, PPOConfig)

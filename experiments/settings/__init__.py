@@ -8,6 +8,7 @@ A file in `experiments/configs/` starts from the defaults here:
         return config
 """
 
+from experiments.settings.benchmark import BenchmarkExperiment
 from experiments.settings.compare import CompareExperiment
 from experiments.settings.control import ControlExperiment
 from experiments.settings.dpo import DPOExperiment
@@ -21,6 +22,7 @@ from experiments.settings.training import Architecture, MeshSettings, SFTExperim
 
 __all__ = [
     "Architecture",
+    "BenchmarkExperiment",
     "BestOfNExperiment",
     "CompareExperiment",
     "ControlExperiment",

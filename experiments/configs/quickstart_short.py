@@ -1,6 +1,6 @@
 """The road of experiments/configs/quickstart.py in short; 03_the_rlhf_road.ipynb walks it stage by stage.
 
-    python experiments/rlhf.py --config=notebooks/quickstart_short.py --workdir=runs/quickstart_short
+    python experiments/rlhf.py --config=experiments/configs/quickstart_short.py --workdir=runs/quickstart_short
 
 Two minutes on two CPU cores. Expected: the reward model orders 77 % of the held-out pairs as the annotator did (whose
 own ceiling is 90 %); the annotator's gold score of the reviews rises from -0.2 to 1.7, above the 1.5 of the best of 16
