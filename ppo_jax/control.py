@@ -121,6 +121,11 @@ def make_tx(config: ControlConfig, num_iterations: int) -> optax.GradientTransfo
     return make_optimizer(schedule, *betas, config.weight_decay, config.max_grad_norm, eps_form=config.adam_eps_form)
 
 
+def init_optimizer(tx: optax.GradientTransformation, params: Params) -> optax.OptState:
+    """The optimizer's state before the first step. It sees the parameters as `pack` has them."""
+    return tx.init(pack(params)[0])
+
+
 def new_worlds(env: Environment, key: jax.Array, num_envs: int) -> Worlds:
     """N episodes at their beginning."""
     states, observations = jax.vmap(env.reset)(jax.random.split(key, num_envs))
@@ -208,7 +213,7 @@ def learn(
     trajectory: Trajectory,
     key: jax.Array,
 ) -> tuple[Params, optax.OptState, Metrics]:
-    """From a trajectory to new parameters; (parameters, the optimizer's state, of `pack`ed parameters, metrics)."""
+    """From a trajectory to new parameters; (parameters, the optimizer's state, metrics)."""
     steps = make_targets(net, params, trajectory, method.config)
     every = jnp.ones_like(steps.values, bool)
     packed, unpack = pack(params)
@@ -308,7 +313,7 @@ def make_training(env: Environment, config: ControlConfig, bind: Bind, plan: Pla
             )
             return carry, (carry[0], summarize(history, ended) | look(carry[0], number + 1))
 
-        start = (params, tx.init(pack(params)[0]), new_worlds(env, world_key, config.num_envs))
+        start = (params, init_optimizer(tx, params), new_worlds(env, world_key, config.num_envs))
         first = look(params, 0)
         _, (snapshots, history) = jax.lax.scan(stage, start, jnp.arange(plan.num_iterations // plan.eval_every))
         snapshots = jax.tree.map(lambda x, later: jnp.concatenate([x[None], later]), params, snapshots)
@@ -352,7 +357,7 @@ def make_host_steps(env: Any, config: ControlConfig, bind: Bind, num_iterations:
 
     def init(key: jax.Array) -> tuple[Params, optax.OptState]:
         params = init_networks(key, net)
-        return params, tx.init(pack(params)[0])
+        return params, init_optimizer(tx, params)
 
     def sample(params: Params, observations: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         actions, logprobs = choose(params, net, observations, draw_noise(key, net, observations.shape[:1]))

@@ -46,13 +46,13 @@ from experiments import (
 from experiments import settings as kinds
 from experiments.methods import METHODS, idle, resolve, resolve_control
 from ppo_jax.config import ControlConfig, PPOConfig
-from ppo_jax.control import act, architecture, learn, make_tx, new_worlds
+from ppo_jax.control import act, architecture, init_optimizer, learn, make_tx, new_worlds
 from ppo_jax.dpo import DPOConfig, preference_loss
 from ppo_jax.envs import QUADRANTS
 from ppo_jax.errors import InputError
 from ppo_jax.feedback.simulated import annotate
 from ppo_jax.models import ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, overlay, rope
-from ppo_jax.models.control import init_networks, pack
+from ppo_jax.models.control import init_networks
 from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 from ppo_jax.policy import policy_sampling
 from ppo_jax.ppo import init_state, make_train_step
@@ -538,7 +538,7 @@ def of_control(config: ControlConfig, case: Case) -> str:
         moved = trajectory.logprobs + jnp.where(jnp.arange(config.num_envs) % 2, 0.7, -0.7)[None]
         rewards = trajectory.rewards + jnp.arange(config.num_steps)[:, None]
         trajectory = trajectory._replace(logprobs=moved, rewards=rewards)
-        params, _, metrics = learn(net, tx, method, params, tx.init(pack(params)[0]), trajectory, keys[3])
+        params, _, metrics = learn(net, tx, method, params, init_optimizer(tx, params), trajectory, keys[3])
     assert metrics["guard/first_broken"] == -1
     return digest((params, metrics))
 

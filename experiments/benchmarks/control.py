@@ -1,10 +1,13 @@
 """CartPole beside Stable-Baselines3 and rejax: steps a second, seconds until it is solved, and a first run."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks.sides import Comparison, Side
+from experiments.configs import cartpole
+from experiments.settings import ControlExperiment, from_config_dict
 from ppo_jax.config import ControlConfig
 
 ENV, TARGET = "CartPole-v1", 475.0
@@ -14,8 +17,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_envs": 1, "num_steps": 2048, "num_epochs": 10, "num_minibatches": 32, "gamma": 0.99, "gae_lambda": 0.95,
         "lr": 3e-4, "lr_schedule": "constant",
     },
-    # rl-zoo3's for this task, which are ours.
+    # rl-zoo3's for this task.
     "zoo": {},
+    # Those of experiments/configs/cartpole.py.
+    "cartpole": dataclasses.asdict(from_config_dict(ControlExperiment, cartpole.get_config()).ppo),
     # rejax's own for this task.
     "rejax": {
         "num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16, "gamma": 0.99, "gae_lambda": 0.95,
@@ -26,7 +31,7 @@ STEPS = 65_536  # of a measurement of ours and of rejax's
 SB3_STEPS = 4_096  # of one of Stable-Baselines3's
 MANY = 64
 FIRST_RUN = 10_240  # steps: the example of many a first article
-SOLVING = 33_280  # steps after which our settings have solved it
+PEERS_STEPS = 33_280  # of rejax, to solve it
 EVALUATIONS, EPISODES = 10, 100
 SB3 = ("stable-baselines3", "gymnasium", "torch")
 REJAX = ("rejax", "gymnax")
@@ -42,7 +47,7 @@ def comparisons() -> list[Comparison]:
         ("rejax", "rejax", 1),
     ):  # fmt: skip
         config = ControlConfig(**SETTINGS[settings])
-        ours = ours_side(settings, STEPS // (4 if agents > 1 else 1), agents)
+        ours = ours_side(settings, STEPS // (16 if agents > 1 else 1), agents)
         other = sb3_side(settings, SB3_STEPS) if peer == "sb3" else rejax_side(settings, STEPS)
         who = f"{ENV}, settings of {settings}" + (f", {agents} agents beside one" if agents > 1 else "")
         shape = f"{who}; {other.packages[0]}"
@@ -50,18 +55,18 @@ def comparisons() -> list[Comparison]:
     first = "control: first run, after compiling"
     rows.append(
         Comparison(
-            first, f"{ENV}, {FIRST_RUN:,} steps; settings of zoo beside sb3", 8, "s", True,
-            ours_side("zoo", FIRST_RUN, 1, seconds=True), sb3_side("sb3", FIRST_RUN, seconds=True),
+            first, f"{ENV}, {FIRST_RUN:,} steps, settings of cartpole beside sb3; {SB3[0]}", 4, "s", True,
+            ours_side("cartpole", FIRST_RUN, 1, seconds=True), sb3_side("sb3", FIRST_RUN, seconds=True),
         )
     )  # fmt: skip
     for seed in range(3):
-        ours = ours_side("zoo", SOLVING, 1, seconds=True, seed=seed, warm=False)
+        ours = ours_side("cartpole", FIRST_RUN, 1, seconds=True, seed=seed, warm=False)
         for other in (
             sb3_side("zoo", 100_000, seconds=True, seed=seed, stop=True),
-            rejax_side("zoo", SOLVING, seconds=True, seed=seed, warm=False),
+            rejax_side("zoo", PEERS_STEPS, seconds=True, seed=seed, warm=False),
         ):
-            shape = f"{ENV}, settings of zoo, seed {seed}; {other.packages[0]}"
-            rows.append(Comparison(**solved, shape=shape, batch=8, ours=ours, peer=other))
+            shape = f"{ENV}, settings of cartpole beside zoo, seed {seed}; {other.packages[0]}"
+            rows.append(Comparison(**solved, shape=shape, batch=4, ours=ours, peer=other))
     return rows
 
 
@@ -95,6 +100,7 @@ def ours(settings: str, steps: int, agents: int, seconds: bool, seed: int, warm:
     import jax
 
     from experiments.methods import bind_control
+    from experiments.train_control import compiled
     from ppo_jax.control import Plan, make_training
     from ppo_jax.envs import ENVIRONMENTS
 
@@ -103,16 +109,19 @@ def ours(settings: str, steps: int, agents: int, seconds: bool, seed: int, warm:
     plan = Plan(number, number // EVALUATIONS, EPISODES, True) if seconds else Plan(number, number, 1, True)
     keys = jax.random.split(jax.random.key(seed), agents) if agents > 1 else jax.random.key(seed)
 
-    def compiled() -> Callable:
+    def make() -> Callable:
         train = make_training(ENVIRONMENTS[ENV], config, bind_control, plan)
-        one = lambda key: train(key, {})[1]  # noqa: E731
-        return jax.jit(jax.vmap(one) if agents > 1 else one).lower(keys).compile()
 
-    program = compiled() if warm else None
+        def of_seed(key: jax.Array) -> dict:
+            return train(key, {})[1]
+
+        return compiled(jax.vmap(of_seed) if agents > 1 else of_seed, keys)
+
+    program = make() if warm else None
 
     def measure() -> dict:
         began = time.perf_counter()
-        run = program or compiled()
+        run = program or make()
         compile_s = time.perf_counter() - began
         history = jax.device_get(run(keys))
         took = time.perf_counter() - began
