@@ -28,7 +28,7 @@ from small import (
 from experiments.methods import resolve
 from ppo_jax.losses import AGGREGATIONS
 from ppo_jax.models import ActorCritic
-from ppo_jax.update import gradient, make_minibatch, ppo_loss
+from ppo_jax.update import gradient, make_minibatch, ppo_loss, shuffle
 
 GPT2, LLAMA = ONE_LAYER["gpt2"], ONE_LAYER["llama"]
 CONFIG = dataclasses.replace(SIX, vf_coef=0.3, ent_coef=0.05)
@@ -124,6 +124,19 @@ def test_every_epoch_sees_every_row_once_in_a_new_order(num_epochs, num_minibatc
     assert all(sorted(order) == list(range(12)) for order in orders)
     # 12! orders: two are equal, or one is the identity, once in 10^8 runs.
     assert len({tuple(order) for order in [*orders, range(12)]}) == num_epochs + 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 1625])
+def test_a_shuffle_is_a_random_permutation(size, key):
+    chex.assert_trees_all_equal(shuffle(key, size), jax.random.permutation(jax.random.clone(key), size))
+
+
+def test_a_large_shuffle_has_every_row_once_and_anywhere(key):
+    size = 4096
+    order = np.asarray(shuffle(key, size))
+    assert np.array_equal(np.sort(order), np.arange(size))
+    # The rank correlation of a random order with 0, 1, 2, ... has a deviation of 1 / sqrt(size - 1).
+    assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 6 / np.sqrt(size)
 
 
 def test_metrics_of_an_update_are_means_over_its_steps_but_for_the_first_and_the_extremes(rng, key):

@@ -2,8 +2,8 @@
 
     python experiments/benchmark.py --config=experiments/configs/benchmark.py:control --workdir=runs/benchmark
 
-After the colon stands the work: control. Twenty minutes on two CPU cores. Medians of three rounds, in brackets the least
-and the largest ratio (2026-11-30, two slow cores, Python 3.11, jax 0.10.2, Stable-Baselines3 2.9.2, rejax 0.1.3):
+After the colon stands the work: control. Twenty minutes on two CPU cores. Medians of three rounds, in brackets the
+least and the largest ratio (2026-11-30, two slow cores, Python 3.11, jax 0.10.2, Stable-Baselines3 2.9.2, rejax 0.1.3):
 
 | CartPole-v1 | ours | peer | times better |
 |---|---:|---:|---:|
