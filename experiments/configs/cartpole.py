@@ -7,7 +7,7 @@ compiling and pictures. Mean return of 100 episodes: 500 in 10 of 10 seeds, solv
 also at 499,200 steps (--config.num_iterations=1950 --config.eval_every=65). With --config.num_seeds=10 all ten learn in
 one program.
 
-As many steps as the articles that this project began with have, 10,240, in 11 to 22 s, training 0.2 to 0.4 s of it;
+As many steps as the articles that this project began with have, 10,240, in 11 to 24 s, training 0.2 to 0.4 s of it;
 return 500, and of ten seeds 472 (233 to 500):
 
     python experiments/train_control.py --config=experiments/configs/cartpole.py --workdir=runs/cartpole_10k \
