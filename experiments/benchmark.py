@@ -29,7 +29,7 @@ from ppo_jax.metrics import read_jsonl, write_jsonl
 from ppo_jax.runs import RunError, open_run
 
 WORKS: dict[str, Callable[[], list[Comparison]]] = {"control": control.comparisons}
-PEAK = Side("experiments.benchmarks.limits:matmul", {}, ("jax",))
+PEAK = Side("experiments.benchmarks.limits:matmul", {})
 
 
 def chosen(settings: BenchmarkExperiment) -> list[Comparison]:

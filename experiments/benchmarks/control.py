@@ -8,9 +8,12 @@ from typing import Any
 from experiments.benchmarks.sides import Comparison, Side
 from experiments.configs import cartpole
 from experiments.settings import ControlExperiment, from_config_dict
+from experiments.train_control import compiled, solved_after
 from ppo_jax.config import ControlConfig
+from ppo_jax.envs import ENVIRONMENTS
 
-ENV, TARGET = "CartPole-v1", 475.0
+ENV = "CartPole-v1"
+TARGET = ENVIRONMENTS[ENV].solved_at
 SETTINGS: dict[str, dict[str, Any]] = {
     # Stable-Baselines3's own defaults.
     "sb3": {
@@ -80,7 +83,7 @@ def flops(config: ControlConfig) -> float:
 def ours_side(settings: str, steps: int, agents: int, seconds: bool = False, seed: int = 0, warm: bool = True) -> Side:
     """Our side; `warm`: what is compiled is compiled before."""
     given = {"settings": settings, "steps": steps, "agents": agents, "seconds": seconds, "seed": seed, "warm": warm}
-    return Side("experiments.benchmarks.control:ours", given, ("jax",), warm_up=warm)
+    return Side("experiments.benchmarks.control:ours", given, warm_up=warm)
 
 
 def sb3_side(settings: str, steps: int, seconds: bool = False, seed: int = 0, stop: bool = False) -> Side:
@@ -100,9 +103,7 @@ def ours(settings: str, steps: int, agents: int, seconds: bool, seed: int, warm:
     import jax
 
     from experiments.methods import bind_control
-    from experiments.train_control import compiled
     from ppo_jax.control import Plan, make_training
-    from ppo_jax.envs import ENVIRONMENTS
 
     config = ControlConfig(**SETTINGS[settings])
     number = steps // config.steps_per_iteration
@@ -219,8 +220,6 @@ def sb3(settings: str, steps: int, seconds: bool, seed: int, stop: bool) -> Call
 
 def _learned(returns: Any, steps: int) -> dict:
     """What evaluations at equal distances show: the last one, and the steps until the first that is solved."""
-    returns = [float(x) for x in returns]
-    first = next((i for i, x in enumerate(returns) if x >= TARGET), None)
-    ahead = len(returns) - EVALUATIONS  # of them before the first step
-    solved = None if first is None else (first + 1 - ahead) * steps // EVALUATIONS
-    return {"return": returns[-1], "solved_after_steps": solved}
+    first = EVALUATIONS + 1 - len(returns)  # 0: there is one before the first step
+    at = [number * steps // EVALUATIONS for number in range(first, EVALUATIONS + 1)]
+    return {"return": float(returns[-1]), "solved_after_steps": solved_after(at, returns, TARGET)}

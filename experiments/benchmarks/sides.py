@@ -18,7 +18,7 @@ class Side(NamedTuple):
 
     function: str  # MODULE:NAME; NAME(**arguments) -> measure; measure() -> {"value": number, ...}
     arguments: dict[str, Any]
-    packages: tuple[str, ...]  # whose versions are told; where one is not installed, the side is left out
+    packages: tuple[str, ...] = ()  # of a peer: their versions are told; where one is not installed, it is left out
     warm_up: bool = True  # measure once before what counts; False: compiling is a part of the work
 
 
