@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from ppo_jax.errors import InputError
 from ppo_jax.types import TrainState
@@ -23,9 +22,12 @@ class Checkpointer:
 
     def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:
         """Opens a folder, and makes it if need be; what an interrupted save left there is removed."""
+        import orbax.checkpoint as ocp  # slow to import
+
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
+        self._args = ocp.args
         # The handler is named, so that a new process can read the tree of what an earlier one saved.
         handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler)
@@ -34,7 +36,7 @@ class Checkpointer:
         """Saves under `state.step`; a step that is there already is left as it is."""
         step = int(state.step)
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_to_tree(state)))
+            self._manager.save(step, args=self._args.StandardSave(_to_tree(state)))
             self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
@@ -57,7 +59,7 @@ class Checkpointer:
         tree = _to_tree(like)
         _check_same(self._manager.item_metadata(step), tree, f"{self._manager.directory}/{step}")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-        return _from_tree(self._manager.restore(step, args=ocp.args.StandardRestore(abstract)), like)
+        return _from_tree(self._manager.restore(step, args=self._args.StandardRestore(abstract)), like)
 
     def close(self) -> None:
         """Ends Orbax's threads."""

@@ -1,15 +1,20 @@
 """Judged texts as arrays: what a reward model is trained and measured on."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.data import DataError, pad
 from ppo_jax.preferences import Judged
 from ppo_jax.tokenizers import SpecialTokens, encode_text
 from ppo_jax.types import Comparisons, Ratings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,7 @@ class JudgedSet:
         """Whether these are ratings; comparisons otherwise."""
         return not self.ranks.any()
 
-    def rows(self, where: np.ndarray) -> "JudgedSet":
+    def rows(self, where: np.ndarray) -> JudgedSet:
         """Some of the rows."""
         names = ("tokens", "mask", "ranks", "margin", "scores", "response_lengths")
         parts = {name: getattr(self, name)[where] for name in names}

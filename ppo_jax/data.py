@@ -1,5 +1,7 @@
 """Data in: rows of JSONL and Parquet files or Hugging Face datasets, prompts padded for a model, the order of rows."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import gzip
@@ -8,13 +10,15 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.errors import InputError, check
 from ppo_jax.tokenizers import TokenizerError, encode_pieces, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20  # of a JSONL file; a longer one is no row but a mistake

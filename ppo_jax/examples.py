@@ -1,16 +1,20 @@
 """Texts to learn from: which of their tokens are targets, and their place in rows of one length."""
 
+from __future__ import annotations
+
 import bisect
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.data import DataError, as_messages, load_rows, told_at
 from ppo_jax.tokenizers import SpecialTokens, encode_pieces, encode_prompt, render_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Texts:
         """How many there are."""
         return len(self.tokens)
 
-    def __getitem__(self, where: slice) -> "Texts":
+    def __getitem__(self, where: slice) -> Texts:
         """Some of them."""
         return dataclasses.replace(self, tokens=self.tokens[where], target_masks=self.target_masks[where])
 

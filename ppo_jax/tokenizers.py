@@ -1,16 +1,20 @@
 """Tokenizers: loading, the special tokens that training needs, prompts in and text out."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ppo_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Files of which a folder with a tokenizer has one."""
@@ -41,6 +45,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer: cannot load one from {folder}: there is no tokenizer.json, nor files that it is made of"
         )
     try:
+        from transformers import AutoTokenizer  # slow to import
+
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
         raise TokenizerError(f"tokenizer: cannot load one from {folder}: {_reason(error)}") from error

@@ -5,7 +5,6 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from ppo_jax.errors import check
 
@@ -80,6 +79,8 @@ def bootstrap_interval(
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
     """
+    import scipy.stats  # slow to import
+
     values = np.asarray(values, np.float64)
     check("values: shape", values.shape, values.ndim == 1 and values.size >= 2, "one dimension, at least 2 values")
     check("values", values, bool(np.isfinite(values).all()), "finite numbers")

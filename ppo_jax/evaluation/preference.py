@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from ppo_jax.errors import check
 from ppo_jax.evaluation.intervals import wilson_interval
@@ -142,6 +141,8 @@ def length_correlation(scores: Numbers, lengths: Numbers) -> dict[str, float | N
     Raises:
         InputError: different numbers of both, or one that is not finite.
     """
+    import scipy.stats  # slow to import
+
     scores, lengths = np.asarray(scores, np.float64), np.asarray(lengths, np.float64)
     check("lengths: shape", lengths.shape, lengths.ndim == 1 and lengths.shape == scores.shape, f"{scores.shape}")
     for name, values in (("scores", scores), ("lengths", lengths)):

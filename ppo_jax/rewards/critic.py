@@ -1,10 +1,12 @@
 """The parameters that a critic with a trunk of its own starts as."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from transformers import PreTrainedTokenizerBase
 
 from ppo_jax import hub
 from ppo_jax.errors import check
@@ -12,6 +14,9 @@ from ppo_jax.models import ModelConfig
 from ppo_jax.rewards.registry import split_judges
 from ppo_jax.tokenizers import load_tokenizer, same_tokenizer
 from ppo_jax.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _OF_THE_POLICY = {"tie_embeddings", "lora_scale"}  # a critic has neither a vocabulary projection nor an adapter
 

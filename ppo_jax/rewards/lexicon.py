@@ -1,14 +1,19 @@
 """A score from word lists, in pure JAX: it runs inside the compiled iteration."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.errors import InputError
 from ppo_jax.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def make_lexicon_score(

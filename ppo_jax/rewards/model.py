@@ -5,14 +5,15 @@ Both read the same thing: the score of prompt, response and EOS. A response that
 EOS here, as every text did in the model's training.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ppo_jax import hub
 from ppo_jax.data import pad
@@ -20,6 +21,9 @@ from ppo_jax.models import ModelConfig, RewardModel
 from ppo_jax.rewards.host import HostReward
 from ppo_jax.tokenizers import SpecialTokens, encode_text, load_tokenizer, special_tokens
 from ppo_jax.types import Params, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LENGTH_STEP = 32  # texts are padded to a multiple of this, so that few programs are compiled
 _ROWS = 32  # texts in one call

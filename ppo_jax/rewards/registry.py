@@ -1,5 +1,7 @@
 """From the text in `config.reward` to judges."""
 
+from __future__ import annotations
+
 import importlib
 import math
 import re
@@ -8,8 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ppo_jax import hub
 from ppo_jax.errors import InputError
@@ -20,6 +21,9 @@ from ppo_jax.rewards.model import load_scorer, make_model_score, make_text_score
 from ppo_jax.rewards.sentiment import vader
 from ppo_jax.tokenizers import SpecialTokens, same_tokenizer
 from ppo_jax.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HOST_REWARDS: dict[str, HostReward] = {"vader": vader}
 _WEB = ("http://", "https://")
