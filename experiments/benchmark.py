@@ -21,15 +21,23 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from experiments.benchmarks import control
-from experiments.benchmarks.sides import Comparison, Side, SideError, compare, in_turn
+from experiments.benchmarks import control, decode, iteration, starting, update
+from experiments.benchmarks.sides import Comparison, Limits, Side, SideError, compare, in_turn
 from experiments.settings import BenchmarkExperiment
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import read_jsonl, write_jsonl
 from ppo_jax.runs import RunError, open_run
 
-WORKS: dict[str, Callable[[], list[Comparison]]] = {"control": control.comparisons}
-PEAK = Side("experiments.benchmarks.limits:matmul", {})
+WORKS: dict[str, Callable[[], list[Comparison]]] = {
+    "decode": decode.comparisons,
+    "update": update.comparisons,
+    "iteration": iteration.comparisons,
+    "memory": iteration.memory_comparisons,
+    "compile": starting.comparisons,
+    "control": control.comparisons,
+}
+LIMITS = {dtype: Side("experiments.benchmarks.limits:matmul", {"dtype": dtype}) for dtype in ("float32", "bfloat16")}
+LIMITS["bandwidth"] = Side("experiments.benchmarks.limits:bandwidth", {})
 
 
 def chosen(settings: BenchmarkExperiment) -> list[Comparison]:
@@ -46,12 +54,31 @@ def chosen(settings: BenchmarkExperiment) -> list[Comparison]:
 
 def name_of(row: dict[str, Any]) -> str:
     """What tells a row from the others."""
-    return f"{row['work']}; {row['shape']}"
+    return f"{row['work']}; {row['shape']}; {row['batch']}; {row['dtype']}"
+
+
+def measure_limits() -> Limits:
+    """What this machine reaches now."""
+    found = {name: seen[0]["value"] for name, seen in in_turn(LIMITS, 1).items()}
+    return Limits({dtype: found[dtype] for dtype in ("float32", "bfloat16")}, found["bandwidth"])
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """The rows, to be read."""
-    table = Table("work", "shape", "unit", "ours", "peer", "times better", "of the limit", "", box=None, pad_edge=False)
+    table = Table(
+        "work",
+        "shape",
+        "batch",
+        "dtype",
+        "unit",
+        "ours",
+        "peer",
+        "times better",
+        "of the limit",
+        "",
+        box=None,
+        pad_edge=False,
+    )
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g} ({row['ratio_min']:.3g} to {row['ratio_max']:.3g})"
         limit = "" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.0%}"
@@ -59,6 +86,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["work"],
             row["shape"],
+            str(row["batch"]),
+            row["dtype"],
             row["unit"],
             f"{row['ours']:,.4g}",
             peer,
@@ -86,13 +115,13 @@ def main(settings: BenchmarkExperiment, workdir: Path) -> None:
     open_run(workdir, dataclasses.asdict(settings), may_change=("only",))
     done = {name_of(row): row for row in (read_jsonl(out) if out.exists() else [])}
     console, failed = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True), []
-    peak = in_turn({"the machine": PEAK}, 1)["the machine"][0]["value"] if len(done) < len(rows) else None
+    limits = measure_limits() if len(done) < len(rows) else None
     for number, comparison in enumerate(rows, start=1):
         name = name_of(comparison._asdict())
         if name in done:
             continue
         try:
-            done[name] = compare(comparison, settings.rounds, peak)
+            done[name] = compare(comparison, settings.rounds, limits)
         except SideError as error:
             failed.append(f"{name}; {error}")
             continue

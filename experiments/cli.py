@@ -1,6 +1,7 @@
 """What every experiment script does before its work: read flags and configuration, and report mistakes in one line."""
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; started again with the same folder, a run goes on")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "show every field with its value and help, and stop")
+CACHE_BYTES = 2 * 2**30  # of compiled programs, those used last
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile, print memory and arithmetic per device, and stop")
 
 
@@ -40,6 +42,7 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
             print_config(kind, config)
             return
         settings = from_config_dict(kind, config)
+        keep_compiled_programs()
         # float32 means float32: by default a GPU or TPU multiplies it with fewer digits, and acting and learning
         # disagree.
         jax.config.update("jax_default_matmul_precision", "float32")
@@ -49,6 +52,17 @@ def launch(kind: type, main: Callable[[Any, Path], None], dry_run: Callable[[Any
             main(settings, Path(_WORKDIR.value).expanduser())
         else:
             raise InputError("--workdir: it is missing; expected a folder for this run")
+
+
+def keep_compiled_programs() -> None:
+    """What is compiled is kept for the next start, up to `CACHE_BYTES`, in ~/.cache/ppo_jax (XDG_CACHE_HOME).
+
+    JAX_COMPILATION_CACHE_DIR names another place, JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def _parse(argv: list[str]) -> ml_collections.ConfigDict:

@@ -390,17 +390,19 @@ def test_padding_gets_no_gradient(rng):
 def test_grouped_queries_equal_repeated_keys(rng):
     batch, size, heads, kv_heads, head_dim = 2, 5, 6, 2, 4
     query = rng.normal(size=(batch, size, heads, head_dim)).astype(np.float32)
-    key, value = rng.normal(size=(2, batch, size, kv_heads, head_dim)).astype(np.float32)
+    key, value = rng.normal(size=(2, batch, kv_heads, size, head_dim)).astype(np.float32)
     mask = causal_mask(jnp.ones((batch, size), bool))
     scale = query.shape[-1] ** -0.5
-    repeated = attend(query, np.repeat(key, heads // kv_heads, 2), np.repeat(value, heads // kv_heads, 2), mask, scale)
+    repeated = attend(query, np.repeat(key, heads // kv_heads, 1), np.repeat(value, heads // kv_heads, 1), mask, scale)
     np.testing.assert_allclose(attend(query, key, value, mask, scale), repeated, rtol=0, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_gets_the_average(rng):
-    query, key, value = rng.normal(size=(3, 1, 4, 2, 2)).astype(np.float32)
+    query = rng.normal(size=(1, 4, 2, 2)).astype(np.float32)
+    key, value = rng.normal(size=(2, 1, 2, 4, 2)).astype(np.float32)
     heads = attend(query, key, value, jnp.zeros((1, 4, 4), bool), 0.5)
-    np.testing.assert_allclose(heads, np.broadcast_to(value.mean(1, keepdims=True), heads.shape), atol=1e-6)
+    average = value.mean(2)[:, None]  # [1, 1, 2, 2]: over the slots, of each head
+    np.testing.assert_allclose(heads, np.broadcast_to(average, heads.shape), atol=1e-6)
 
 
 def test_rotation_keeps_lengths_and_sees_distances_only():

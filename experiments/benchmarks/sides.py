@@ -31,9 +31,24 @@ class Comparison(NamedTuple):
     unit: str
     lower_is_better: bool
     ours: Side
-    peer: Side
-    flops: float | None = None  # floating-point operations of one unit of our work; None: not counted
+    peer: Side | None
+    # What one unit of our work needs (in rows of seconds: one measurement); None: not counted.
+    flops: float | None = None  # floating-point operations
+    traffic: float | None = None  # bytes from memory
     dtype: str = "float32"
+
+
+class Limits(NamedTuple):
+    """What the machine reaches, in the same run."""
+
+    flops: dict[str, float]  # by dtype: floating-point operations a second
+    bandwidth: float  # bytes a second
+
+    def least_seconds(self, work: Comparison) -> float | None:
+        """The time that one unit of work takes at least; None: it is not counted."""
+        if work.flops is None:
+            return None
+        return max(work.flops / self.flops[work.dtype], (work.traffic or 0.0) / self.bandwidth)
 
 
 class SideError(Exception):
@@ -114,13 +129,13 @@ def in_turn(sides: dict[str, Side], rounds: int) -> dict[str, list[dict[str, Any
     return seen
 
 
-def compare(comparison: Comparison, rounds: int, peak: float | None = None) -> dict[str, Any]:
+def compare(comparison: Comparison, rounds: int, limits: Limits | None = None) -> dict[str, Any]:
     """Measures both sides in turn.
 
     Args:
         comparison: the row.
         rounds: measurements of each.
-        peak: floating-point operations a second that the machine reaches, for `fraction_of_limit`.
+        limits: of the machine, for `fraction_of_limit`.
 
     Returns:
         The row: `ours` and `peer` are medians of `unit`; `ratio` is how many times better ours is (median of the
@@ -130,10 +145,11 @@ def compare(comparison: Comparison, rounds: int, peak: float | None = None) -> d
         SideError: a side ended.
     """
     sides, note = {"ours": comparison.ours}, None
-    missing = [name for name in comparison.peer.packages if version(name) is None]
+    packages = comparison.peer.packages if comparison.peer else ()
+    missing = [name for name in packages if version(name) is None]
     if missing:
         note = f'{", ".join(missing)} not installed: pip install -e ".[bench]"'
-    else:
+    elif comparison.peer:
         sides["peer"] = comparison.peer
     seen = in_turn(sides, rounds)
     row = {name: getattr(comparison, name) for name in ("work", "shape", "batch", "dtype", "unit")}
@@ -145,10 +161,11 @@ def compare(comparison: Comparison, rounds: int, peak: float | None = None) -> d
         pairs = zip(values["ours"], values["peer"], strict=True)
         ratios = [peer / ours if comparison.lower_is_better else ours / peer for ours, peer in pairs]
         row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-    if comparison.flops is not None and peak is not None:
-        row["fraction_of_limit"] = comparison.flops * row["ours"] / peak
+    least = limits and limits.least_seconds(comparison)
+    if least is not None:
+        row["fraction_of_limit"] = least / row["ours"] if comparison.lower_is_better else least * row["ours"]
     details = {name: {k: x for k, x in measured[-1].items() if k != "value"} for name, measured in seen.items()}
-    names = ("jax", "jaxlib", "flax", *comparison.peer.packages)
+    names = ("jax", "jaxlib", "flax", *packages)
     row |= {"rounds": rounds, "details": details, "note": note}
     return row | {"versions": {"python": sys.version.split()[0]} | {name: version(name) for name in names}}
 

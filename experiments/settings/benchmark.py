@@ -7,7 +7,7 @@ from experiments.settings.machinery import check_at_least
 from ppo_jax.config import option
 from ppo_jax.errors import InputError, check
 
-WORKS = ("control",)
+WORKS = ("decode", "update", "iteration", "memory", "compile", "control")
 
 
 @dataclasses.dataclass(frozen=True)

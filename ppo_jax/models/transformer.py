@@ -24,7 +24,9 @@ from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, each [B, S, K, H]; slot s belongs to token s of the padded sequence."""
+"""Keys and values of one layer, each [B, K, S, H]; slot s belongs to token s of the padded sequence. A head's keys lie
+side by side, as its products read them: in any other order a decode step would begin by copying the whole cache.
+"""
 
 Cache = tuple[LayerCache, ...]
 """A `LayerCache` for each layer."""
@@ -35,7 +37,7 @@ _float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.f
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """A cache of zeros for `batch` sequences of `length` slots, in the compute dtype."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
     zeros = partial(jnp.zeros, shape, jnp.dtype(config.dtype))
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
@@ -52,8 +54,8 @@ def attend(
 
     Args:
         query: `[B, T, N, H]`.
-        key: `[B, S, K, H]`.
-        value: `[B, S, K, H]`.
+        key: `[B, K, S, H]`.
+        value: `[B, K, S, H]`.
         mask: `[B, T, S]` bool.
         scale: of the scores.
         cap: of the scores, see `softcap`.
@@ -62,12 +64,12 @@ def attend(
         `[B, T, N, H]`. A query that may look at nothing (padding) gets an average, never NaN.
     """
     batch, length, heads, size = query.shape
-    kv_heads = key.shape[2]
+    kv_heads = key.shape[1]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(mask[:, None, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    return jnp.einsum("bkgts,bksh->btkgh", weights, value).reshape(query.shape)
 
 
 class Attention(nn.Module):
@@ -109,9 +111,10 @@ class Attention(nn.Module):
         if config.positions == "rotary" and self.number not in config.unrotated_layers:
             query, key = self._rotated(query, key, positions, mask.shape[-1])
         query, key = query.astype(config.dtype), key.astype(config.dtype)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, slot, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, slot, axis=1)
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, slot, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, slot, axis=2)
             cache = (key, value)
         heads = attend(query, key, value, mask, config.attention_scale, config.attention_softcap)
         return self.output(heads.reshape(batch, length, -1)), cache
