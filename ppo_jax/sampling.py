@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import io_callback
 
 from ppo_jax.errors import check
-from ppo_jax.models import ActorCritic, Cache, causal_mask, empty_cache, positions_of
+from ppo_jax.models import ActorCritic, Cache, by_output, causal_mask, empty_cache, positions_of
 from ppo_jax.numerics import logprobs_and_entropy
 from ppo_jax.types import Params, Prompts, Rollout
 
@@ -220,11 +220,14 @@ def generate(
     num_new = sampling.max_new_tokens
     length = prompt_length + num_new
     prompt_sizes = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+    if jax.default_backend() == "cpu":
+        params = {name: by_output(part) if name == "decoder" else part for name, part in params.items()}
+    apply_step = partial(model.apply, {"params": params})
     reads_trunk = "value_head" in params and "critic" not in params
 
     def emit(hidden: jax.Array, at: _Decoding) -> _Decoding:
         """Draws response token t from the state before it and writes it down."""
-        logits = apply(hidden, method="logits")
+        logits = apply_step(hidden, method="logits")
         if sampling.repetition_penalty != 1.0:
             logits = penalize_repetition(logits, at.rollout.tokens, at.rollout.mask, sampling.repetition_penalty)
         logits = policy_logits(logits[:, None], at.t[None], sampling)[:, 0]
@@ -255,7 +258,7 @@ def generate(
         positions = (prompt_sizes + at.t - 1)[:, None]
         written = jnp.arange(length) <= slot
         visible = jnp.pad(prompts.mask, ((0, 0), (0, num_new)), constant_values=True) & written[None, :]
-        hidden, cache = apply(newest, positions, visible[:, None], at.cache, slot, method="trunk")
+        hidden, cache = apply_step(newest, positions, visible[:, None], at.cache, slot, method="trunk")
         return emit(hidden[:, 0], at._replace(cache=cache))
 
     visible = jnp.pad(causal_mask(prompts.mask), ((0, 0), (0, 0), (0, num_new)))

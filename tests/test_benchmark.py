@@ -1,21 +1,27 @@
 """The benchmark: sides in processes of their own, measured in turn; ratios; what is missing or fails is told."""
 
+import dataclasses
 import functools
 import json
+import types
 
 import folders
 import jax
+import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import control
-from experiments.benchmarks.sides import Comparison, Side, SideError, compare, in_turn
+from experiments.benchmarks import control, decode, iteration, memory, starting, update
+from experiments.benchmarks.models import SHAPES, random_params, weights
+from experiments.benchmarks.sides import Comparison, Limits, Side, SideError, compare, in_turn
 from experiments.methods import bind_control
 from experiments.settings import BenchmarkExperiment
+from ppo_jax import hub
 from ppo_jax.config import ControlConfig
 from ppo_jax.control import architecture
 from ppo_jax.envs import ENVIRONMENTS
 from ppo_jax.metrics import read_jsonl
+from ppo_jax.models import Decoder, ModelConfig
 from ppo_jax.models.control import init_networks
 
 CONFIG = folders.ROOT / "experiments" / "configs" / "benchmark.py"
@@ -95,9 +101,21 @@ def test_the_ratio_is_of_rounds_and_says_how_many_times_better(told):
 
 
 def test_the_limit_is_what_the_machine_could_do(told):
-    found = compare(row(told(20), told(1), flops=50.0), 1, peak=4000.0)
-    assert found["fraction_of_limit"] == 50 * 20 / 4000
-    assert compare(row(told(20), told(1)), 1, peak=4000.0)["fraction_of_limit"] is None
+    limits = Limits({"float32": 4000.0, "bfloat16": 8000.0}, bandwidth=100.0)
+
+    def fraction(**fields):
+        return compare(row(told(20), told(1), **fields), 1, limits)["fraction_of_limit"]
+
+    assert fraction(flops=50.0) == 50 * 20 / 4000
+    assert fraction(flops=50.0, dtype="bfloat16") == 50 * 20 / 8000
+    assert fraction(flops=50.0, traffic=2.0) == 2 * 20 / 100  # the slower of the two
+    assert fraction(flops=50.0, lower_is_better=True) == 50 / 4000 / 20  # seconds
+    assert fraction() is None
+
+
+def test_a_row_may_have_no_peer(told):
+    found = compare(row(told(7), None), 1)
+    assert (found["ours"], found["peer"], found["ratio"], found["note"]) == (7, None, None, None)
 
 
 def test_without_a_peer_there_is_our_figure_and_the_reason(told):
@@ -129,15 +147,16 @@ def test_rows_are_measured_written_and_not_measured_again(told, tmp_path, monkey
         row(told(5, 5), told(5, 5), shape="even"),
     ]
     monkeypatch.setitem(benchmark.WORKS, "control", lambda: rows)
-    monkeypatch.setattr(benchmark, "PEAK", told(100.0))
+    limits = {"float32": told(100.0), "bfloat16": told(200.0), "bandwidth": told(10.0)}
+    monkeypatch.setattr(benchmark, "LIMITS", limits)
     workdir = tmp_path / "run"
 
     def call(*more):
         arguments = [f"--config={CONFIG}:control", f"--workdir={workdir}", "--config.rounds=2", *more]
         return folders.call_script(benchmark, BenchmarkExperiment, arguments, capsys)
 
-    first = call("--config.only=^work; (fast|broken)$")
-    assert first.error() == "error: could not be measured: work; broken; peer: RuntimeError: it broke"
+    first = call("--config.only=^work; (fast|broken);")
+    assert first.error() == "error: could not be measured: work; broken; 3; float32; peer: RuntimeError: it broke"
     assert "fast" in first.out
     (fast,) = read_jsonl(workdir / "benchmark.jsonl")
     assert (fast["ours"], fast["ratio"], fast["rounds"], fast["fraction_of_limit"]) == (6, 2, 2, 0.06)
@@ -146,13 +165,15 @@ def test_rows_are_measured_written_and_not_measured_again(told, tmp_path, monkey
     second = call("--config.only=fast|even")
     assert second.status == 0, second.err
     assert [one["shape"] for one in read_jsonl(workdir / "benchmark.jsonl")] == ["fast", "even"]
-    assert len((tmp_path / "log").read_text().splitlines()) == measured + 5  # the machine, and two rounds of one row
+    more = len((tmp_path / "log").read_text().splitlines()) - measured
+    assert more == 7  # the machine's three limits, and two rounds of one row
     (line,) = [line for line in second.out.splitlines() if line.startswith("2/2 ")]
     assert json.loads(line.removeprefix("2/2 "))["shape"] == "even"
 
     assert "config.only: got 'nothing', which no row of control contains" in call("--config.only=nothing").error()
     assert "rounds" in call("--config.rounds=3").error()  # another benchmark
-    assert "work: got 'weather', expected one of control" in call("--config.work=weather").error()
+    works = "decode, update, iteration, memory, compile, control"
+    assert f"work: got 'weather', expected one of {works}" in call("--config.work=weather").error()
     assert "only: got '(', expected a regular expression" in call("--config.only=(").error()
     assert "--dry_run: a benchmark has none" in call("--dry_run").error()
 
@@ -174,7 +195,7 @@ def test_our_side_counts_the_steps_of_all_agents_and_shows_what_was_learned(monk
     tiny = {"num_envs": 2, "num_steps": 4, "num_epochs": 1, "width": 4}
     monkeypatch.setitem(control.SETTINGS, "tiny", tiny)
     clock = iter(range(100))  # a second at each look
-    monkeypatch.setattr(control.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(control, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     rate = control.ours("tiny", 160, agents=3, seconds=False, seed=0, warm=True)()
     assert rate == {"value": 3 * 160 / 2}  # looks: before, after compiling, at the end
     run = control.ours("tiny", 160, agents=1, seconds=True, seed=0, warm=False)()
@@ -190,5 +211,65 @@ def test_the_first_evaluation_that_is_solved():
 
 
 def test_the_machine_is_measured():
-    (found,) = in_turn({"the machine": benchmark.PEAK}, 1)["the machine"]
-    assert 1e8 < found["value"] < 1e16
+    limits = benchmark.measure_limits()
+    assert all(1e8 < flops < 1e16 for flops in limits.flops.values())
+    assert 1e8 < limits.bandwidth < 1e14
+
+
+def test_rows_have_names_of_their_own():
+    for comparisons in benchmark.WORKS.values():
+        names = [benchmark.name_of(one._asdict()) for one in comparisons()]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_weights_that_a_token_is_multiplied_by_are_counted(shape):
+    config = SHAPES[shape]
+    params = jax.eval_shape(functools.partial(random_params, Decoder(config)))
+    layers = {name: part for name, part in params.items() if name.startswith("layer_")}
+    matrices = sum(x.size for x in jax.tree.leaves(layers) if x.ndim == 2)
+    assert weights(config) == (matrices, params["embed"]["embedding"].size)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A shape that runs in no time."""
+    tiny = ModelConfig(vocab_size=300, num_layers=1, num_heads=2, width=8, mlp_width=16, max_positions=128)
+    monkeypatch.setitem(SHAPES, "small", tiny)
+
+
+def test_our_sides_of_decode_and_update_count_tokens(small, monkeypatch):
+    monkeypatch.setattr(decode, "seconds", lambda work: work() and 2.0)
+    monkeypatch.setattr(update, "seconds", lambda work: work() or 2.0)
+    assert decode.ours("small", 3, "float32")() == {"value": 3 * 64 / 2, "step_ms": 2000 / 64}
+    assert update.ours("small", "bfloat16")() == {"value": 8 * 96 / 2}
+
+
+def test_our_iteration_tells_seconds_and_memory(small):
+    with jax.debug_key_reuse(False):
+        work = iteration.Work("small", batch=16, response=4, critic="separate", vocabulary=310)
+        given = dataclasses.asdict(work)
+        told = iteration.ours(measured="value", **given)()
+        assert told["value"] == told["iteration_s"] > 0
+        assert told["peak_gb"] > 0.05
+        assert told["predicted_gb"] > 0
+        assert iteration.ours(measured="peak_gb", **given)()["value"] > 0.05
+        assert starting.compiling(**given)()["value"] > 0
+    assert iteration.flops(work) > iteration.flops(dataclasses.replace(work, critic="shared"))
+
+
+def test_the_peak_of_memory_is_that_of_the_block():
+    before = memory.resident_bytes()
+    with memory.peak_bytes() as peak:
+        np.ones(2**25)  # 256 MB, and gone again
+    assert before + 2**27 < peak() < before + 2**29
+    with memory.peak_bytes() as peak:
+        pass
+    assert peak() < before + 2**27
+
+
+def test_what_a_start_reads_is_a_model_and_its_prompts(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(starting, "SHAPE", "small")
+    given = starting.write_inputs(tmp_path)
+    assert hub.load_config(given["model"]).vocab_size == 300
+    assert len(read_jsonl(tmp_path / "prompts.jsonl")) == 256

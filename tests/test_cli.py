@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import folders
+import jax
 import pytest
 
 from experiments import (
@@ -296,3 +297,18 @@ def test_a_process_tells_its_mistake_in_one_line(tmp_path):
     assert "no_such_folder" in outcome.error()
     assert outcome.out == ""
     assert not os.listdir(tmp_path)
+
+
+def test_what_is_compiled_is_kept_unless_the_environment_names_a_place(monkeypatch, tmp_path):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    cli.keep_compiled_programs()
+    assert told == {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli.keep_compiled_programs()
+    assert told == {
+        "jax_compilation_cache_dir": str(tmp_path / "ppo_jax"),
+        "jax_compilation_cache_max_size": 2 * 2**30,
+    }

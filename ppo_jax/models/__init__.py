@@ -6,6 +6,7 @@ What is trained may be less than the whole: an adapter, or the upper layers, lai
 from ppo_jax.models.actor_critic import ActorCritic
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.experts import load_balance, run_trunk
+from ppo_jax.models.layers import by_output
 from ppo_jax.models.lora import LoRAConfig, init_adapter, merge, overlay, upper_layers
 from ppo_jax.models.masks import causal_mask, positions_of, segment_mask, segment_positions
 from ppo_jax.models.reward import RewardModel
@@ -18,6 +19,7 @@ __all__ = [
     "LoRAConfig",
     "ModelConfig",
     "RewardModel",
+    "by_output",
     "causal_mask",
     "empty_cache",
     "init_adapter",

