@@ -7,7 +7,6 @@ import importlib.util
 import os
 import secrets
 import shutil
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -16,9 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # LLVM's, not XLA's: most of a test's time is compilation. In all processes, whose bits are compared.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# What one test compiles another finds, in whatever process. The workers of pytest-xdist inherit the place.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/ppo_jax_tests_{os.getpid()}")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# The scripts keep what they compile in the user's folder, which is none of a test's business.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 import jax
 import numpy as np
@@ -50,12 +48,6 @@ def pytest_configure(config):
         os.environ[SEED_VARIABLE] = str(seed)
     # Kept in the environment: the workers of pytest-xdist inherit it, so that one number reproduces the run.
     os.environ.setdefault(SEED_VARIABLE, str(secrets.randbits(31)))
-
-
-def pytest_unconfigure():
-    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if compiled.endswith(f"ppo_jax_tests_{os.getpid()}"):  # this process began it
-        shutil.rmtree(compiled, ignore_errors=True)
 
 
 def pytest_report_header():

@@ -305,7 +305,7 @@ def test_what_is_compiled_is_kept_unless_the_environment_names_a_place(monkeypat
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     cli.keep_compiled_programs()
     assert told == {}
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # set above
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cli.keep_compiled_programs()
     assert told == {
