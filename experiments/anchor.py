@@ -57,11 +57,11 @@ def write_set_fraction(folder: Path, seed: int) -> dict[str, str]:
     return {"model": str(folder / "model"), "prompts": str(folder / "prompts.jsonl"), "reward": REWARD}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(vocab_size: int = MODEL.vocab_size) -> PreTrainedTokenizerFast:
     """One token a word: `w3` has the id 3, and so on; nothing is put in front."""
     from tokenizers import Tokenizer, models, pre_tokenizers  # here, so that the score does not pay for it
 
-    words = [*SPECIAL.values(), *map(_word, range(len(SPECIAL), MODEL.vocab_size))]
+    words = [*SPECIAL.values(), *map(_word, range(len(SPECIAL), vocab_size))]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["pad_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -249,7 +249,7 @@ def test_our_iteration_tells_seconds_and_memory(small):
     with jax.debug_key_reuse(False):
         work = iteration.Work("small", batch=16, response=4, critic="separate", vocabulary=310)
         given = dataclasses.asdict(work)
-        told = iteration.ours(measured="value", **given)()
+        told = iteration.ours(measured="iteration_s", **given)()
         assert told["value"] == told["iteration_s"] > 0
         assert told["peak_gb"] > 0.05
         assert told["predicted_gb"] > 0

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from experiments.benchmarks.limits import seconds
-from experiments.benchmarks.models import EOS, PAD, SHAPES, attention, in_torch, random_params, weights
+from experiments.benchmarks.models import PAD, SHAPES, attention, in_torch, random_params, weights
 from experiments.benchmarks.sides import Comparison, Side
 from ppo_jax.models import Decoder
 
@@ -87,7 +87,7 @@ def transformers(shape: str, batch: int, dtype: str) -> Callable[[], dict]:
         with torch.no_grad():
             out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=how)
         if out.shape[1] != PROMPT + NEW:
-            raise RuntimeError(f"got {out.shape[1]} tokens, expected {PROMPT + NEW}, whatever stands for {EOS}")
+            raise RuntimeError(f"got {out.shape[1]} tokens, expected {PROMPT + NEW}")
         if out.is_cuda:
             torch.cuda.synchronize()
 

@@ -54,7 +54,7 @@ def comparisons() -> list[Comparison]:
     works = [
         Work("tiny"), Work("tiny", critic="separate"), Work("tiny", dtype="bfloat16"), Work("gpt2", batch=16),
     ]  # fmt: skip
-    return [compared("iteration", work, "s", "value") for work in works]
+    return [compared("iteration", work, "s", "iteration_s") for work in works]
 
 
 def memory_comparisons() -> list[Comparison]:
@@ -77,7 +77,7 @@ def compared(work: str, what: Work, unit: str, measured: str) -> Comparison:
         work, what.name, what.batch, unit, True,
         Side("experiments.benchmarks.iteration:ours", given),
         Side("experiments.benchmarks.iteration:trl", theirs, TRL),
-        flops(what) if measured == "value" else None, dtype=what.dtype,
+        flops(what) if measured == "iteration_s" else None, dtype=what.dtype,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def measured_call(work: Callable[[], object], measured: str) -> dict:
     with peak_bytes() as peak:
         took = seconds(work)
     told = {"iteration_s": took, "peak_gb": peak() / 1e9}
-    return {"value": told["iteration_s" if measured == "value" else measured]} | told
+    return {"value": told[measured]} | told
 
 
 def trl(measured: str, shape: str, batch: int, dtype: str) -> Callable[[], dict]:
@@ -179,16 +179,14 @@ def trl(measured: str, shape: str, batch: int, dtype: str) -> Callable[[], dict]
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    from experiments.anchor import make_tokenizer
+
     config, folder = SHAPES[shape], tempfile.mkdtemp()
-    words = {"<pad>": PAD, "<eos>": EOS} | {f"t{i}": i for i in range(2, config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t2")), pad_token="<pad>", eos_token="<eos>",
-        padding_side="left",
-    )  # fmt: skip
+    tokenizer = make_tokenizer(config.vocab_size)
+    tokenizer.padding_side = "left"
     torch.manual_seed(0)
     policy, reference = (in_torch(Decoder(config), dtype) for _ in range(2))
     reference.load_state_dict(policy.state_dict())

@@ -12,8 +12,9 @@ from typing import Any
 
 from experiments.benchmarks.iteration import Work, prepare
 from experiments.benchmarks.limits import seconds
-from experiments.benchmarks.models import EOS, PAD, SHAPES, random_params
+from experiments.benchmarks.models import SHAPES, random_params
 from experiments.benchmarks.sides import ROOT, Comparison, Side
+from ppo_jax.metrics import write_jsonl
 from ppo_jax.models import Decoder
 
 SHAPE = "stories15m"
@@ -72,19 +73,13 @@ def start(warm: bool) -> Callable[[], dict]:
 
 def write_inputs(folder: Path) -> dict[str, str]:
     """A model of random parameters and prompts for it; returns the settings that name them."""
-    import json
-
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    from experiments.anchor import make_tokenizer
     from ppo_jax import hub
 
     config = SHAPES[SHAPE]
-    words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(2, config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    hub.save(folder / "model", random_params(Decoder(config)), config, fast)
-    prompts = [json.dumps({"prompt": " ".join(f"w{2 + 7 * i + k}" for k in range(8))}) for i in range(256)]
-    (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
+    hub.save(folder / "model", random_params(Decoder(config)), config, make_tokenizer(config.vocab_size))
+    prompts = [
+        {"prompt": " ".join(f"w{3 + (7 * i + k) % (config.vocab_size - 3)}" for k in range(8))} for i in range(256)
+    ]
+    write_jsonl(folder / "prompts.jsonl", prompts)
     return {"model": str(folder / "model"), "prompts": str(folder / "prompts.jsonl")}
