@@ -66,7 +66,7 @@ NOT_SETTINGS = {  # dataclasses that hold what was computed or read
     "Prompts", "Examples", "Comparisons", "Ratings", "Rollout", "Experience", "Scores", "Running", "TrainState",
     "Preferences", "PreferenceSet", "JudgedSet", "Judged", "ExampleSet", "Texts", "PromptSet", "SpecialTokens",
     "Family", "Item", "Shown", "Judgement", "Progress", "Panel", "Course", "Verdict", "Picture", "Table", "Section",
-    "Review", "Discrete", "Box", "Environment", "Steps", "Learning",
+    "Review", "Discrete", "Box", "Environment", "Steps", "Learning", "Work",
 }  # fmt: skip
 
 
