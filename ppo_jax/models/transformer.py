@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ppo_jax.errors import InputError
 from ppo_jax.models import rope
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std
+from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std, settled
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
         extended: list[LayerCache] = []
         for i, layer in enumerate(self.layer):
             seen = masks[config.window(i)]
-            x, layer_cache = layer(x, positions, seen, None if cache is None else cache[i], slot)
+            x, layer_cache = layer(settled(x), positions, seen, None if cache is None else cache[i], slot)
             if layer_cache is not None:
                 extended.append(layer_cache)
         return self.final_norm(x), tuple(extended) or None
