@@ -1,11 +1,16 @@
 """Masked statistics; and log-probabilities, entropy and divergence that never hold a `[B, R, V]` array."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+SUMMED = "summed over the vocabulary"  # what the backward pass takes from the forward pass
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
@@ -92,15 +97,45 @@ def logprobs_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Arra
         (logprobs, entropy), each `[...]` float32, in nats.
     """
     chex.assert_shape(logits, (*tokens.shape, None))
-    logits = logits.astype(jnp.float32)
-    # A shift common to all logits changes nothing, but would cost the digits of the difference below.
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    probs = jnp.exp(logits - normalizer[..., None])
-    # A forbidden token has p = 0 and logit -inf; its share p * logit is 0, and must not become NaN.
-    mean_logit = jnp.sum(probs * jnp.where(jnp.isneginf(logits), 0.0, logits), axis=-1)
-    return chosen - normalizer, normalizer - mean_logit
+    # A shift common to all logits changes nothing, but would cost the digits of the differences below.
+    largest = checkpoint_name(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), SUMMED)
+    logits = logits.astype(jnp.float32) - largest.astype(jnp.float32)
+    normalizer, mean_logit = _normalizer_and_mean(logits)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return (chosen - normalizer)[..., 0], (normalizer - mean_logit)[..., 0]
+
+
+@jax.custom_vjp
+def _normalizer_and_mean(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(logsumexp, sum_v p_v logits_v), each `[..., 1]`, of `[..., V]` of which the largest is 0.
+
+    The gradients are p_v and p_v (1 + logits_v - sum_u p_u logits_u), written out so that the backward pass reads the
+    logits once and sums nothing over the vocabulary again.
+    """
+    normalizer = jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
+    return normalizer, jnp.sum(jnp.exp(logits - normalizer) * _allowed(logits), axis=-1, keepdims=True)
+
+
+def _allowed(logits: jax.Array) -> jax.Array:
+    """A forbidden token has p = 0 and logit -inf; its share p * logit is 0, and must not become NaN."""
+    return jnp.where(jnp.isneginf(logits), 0.0, logits)
+
+
+def _normalized(logits: CustomVJPPrimal) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    sums = [checkpoint_name(x, SUMMED) for x in _normalizer_and_mean(logits.value)]
+    return tuple(sums), (logits.value, *sums)
+
+
+def _normalized_gradient(kept: tuple, gradients: tuple) -> tuple[jax.Array]:
+    logits, normalizer, mean_logit = kept
+    of_normalizer, of_mean = gradients
+    factor = 0.0 if isinstance(of_normalizer, SymbolicZero) else of_normalizer
+    if not isinstance(of_mean, SymbolicZero):  # where nobody asks for the entropy, there is no mean to be computed
+        factor = factor + of_mean * (1 + _allowed(logits) - mean_logit)
+    return (jnp.exp(logits - normalizer) * factor,)
+
+
+_normalizer_and_mean.defvjp(_normalized, _normalized_gradient, symbolic_zeros=True)
 
 
 def kl_divergence(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
@@ -138,7 +173,7 @@ def chunked_logprobs_and_entropy(
     """`logprobs_and_entropy` of a vocabulary projection, computed `chunk_size` positions at a time.
 
     Neither the forward nor the backward pass holds more than one `[B, chunk_size, V]` block of logits: the backward
-    pass projects each chunk again (`jax.checkpoint`).
+    pass projects each chunk again (`jax.checkpoint`), and takes the sums over it from the forward pass.
 
     Args:
         logits_fn: `(hidden [B, C, D], positions [C] int) -> logits [B, C, V]`; `positions` are response positions, for
@@ -200,7 +235,7 @@ def _by_chunk(block: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk_si
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(batch, num_chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SUMMED))
     def step(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
         return None, block(*chunk)
 

@@ -83,6 +83,20 @@ def scale_by_adam(
     return optax.GradientTransformation(pytorch.init, update)
 
 
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Multiplies gradients by max_norm / norm, norm that of all together, where that is less than one.
+
+    As in `optax.clip_by_global_norm`, which divides each number by the norm: that is never fused into Adam's sums, so
+    that a second copy of the gradients is written.
+    """
+
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda x: x * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     b1: float = 0.9,
@@ -143,7 +157,7 @@ def make_optimizer(
     if critic_warmup_steps:
         policy = optax.transforms.conditionally_mask(policy, _from_step(critic_warmup_steps))
     by_group = optax.partition({"policy": policy, "critic": adam(critic_schedule or schedule)}, groups)
-    return _in_float32(optax.chain(optax.clip_by_global_norm(max_grad_norm), by_group))
+    return _in_float32(optax.chain(clip_by_global_norm(max_grad_norm), by_group))
 
 
 def _from_step(first: int) -> Any:
