@@ -24,7 +24,7 @@ from experiments.settings.compare import TASK_FOLDER
 from experiments.stages import Stages, identity
 from ppo_jax.errors import InputError, check
 from ppo_jax.metrics import atomic_write, read_jsonl
-from ppo_jax.planning import count_parameters, program_cost
+from ppo_jax.planning import count_parameters
 from ppo_jax.plots import Course, plot_comparison
 from ppo_jax.ppo import TrainStep
 from ppo_jax.runs import write_json
@@ -65,12 +65,12 @@ class Run(NamedTuple):
     variant: str
     given: PPOExperiment  # without what the task decides
 
-    def go(self, stages: Stages, programs: list[tuple[TrainStep, float | None]]) -> dict[str, Any]:
+    def go(self, stages: Stages, programs: list[TrainStep]) -> dict[str, Any]:
         """The seed, its curve (see `curve`), trained parameters, memory: worked out now, or remembered.
 
         Args:
             stages: of the workdir.
-            programs: see `compiled_step`; the first seed of a variant that needs them compiles them for the others.
+            programs: compiled, of this variant; empty: the first seed that needs them compiles them for the others.
         """
         given, after, seed = self.given, [], self.given.seed
         if self.task:
@@ -81,12 +81,13 @@ class Run(NamedTuple):
         def work(folder: Path) -> dict[str, Any]:
             setup = train_ppo.prepare(given)
             if not programs:
-                programs.append(compiled_step(setup))
-            step, peak = programs[0]
+                programs.append(train_ppo.compiled(setup).step)
+            setup = setup._replace(step=programs[0])
+            peak = max(cost["peak_mb"] for cost in train_ppo.costs(setup).values())
             parameters = count_parameters(setup.state.params)
-            train_ppo.train(setup._replace(step=step), folder)
+            train_ppo.train(setup, folder)
             curve(folder, self.metric)
-            return {"parameters": parameters, "peak_mb": peak}
+            return {"parameters": parameters, "peak_mb": peak if math.isfinite(peak) else None}
 
         name = f"{self.variant}/seed_{seed}"
         cost = stages.run(name, identity(self.given, train_ppo.MAY_CHANGE), after, work)
@@ -116,15 +117,6 @@ def curve(folder: Path, metric: str) -> dict[str, Any]:
         "kl": float(np.mean(kls[-LAST:])),
         "seconds": sum(row["time/iteration_s"] for row in rows),
     }
-
-
-def compiled_step(setup: train_ppo.Setup) -> tuple[TrainStep, float | None]:
-    """A train step whose programs are compiled, and the memory that the largest needs on each device with its
-    arguments, in MiB; None where the backend does not say.
-    """
-    programs = train_ppo.compile_ahead(setup)
-    peak = max(program_cost(program)["peak_mb"] for program in programs.values())
-    return setup.step._replace(**programs), peak if math.isfinite(peak) else None
 
 
 def summary(runs: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 
 from experiments import cli
 from experiments.ppo_results import finish
@@ -29,7 +30,7 @@ from ppo_jax.errors import check
 from ppo_jax.experience import truncation_scores
 from ppo_jax.guard import quantities
 from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
-from ppo_jax.planning import count_parameters, program_cost
+from ppo_jax.planning import count_parameters, program_cost, release_free_memory
 from ppo_jax.ppo import due
 from ppo_jax.runs import RunError, resume, save_broken
 from ppo_jax.shaping import Moments, add_batch
@@ -149,6 +150,10 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     done = int(state.step)
     if (saved := finished(workdir, done, total)) is not None:
         return saved
+    began = time.perf_counter()
+    if done < total:
+        setup = compiled(setup._replace(state=state))
+    compile_s = time.perf_counter() - began
     if not done:
         state = begin(setup, state)
     if not done and settings.kl_limit:
@@ -158,7 +163,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     writers = make_writers(workdir, trackers, config, workdir.name, start_step=done)
     stopped = False
     with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
-        announce(setup, reporter, done)
+        announce(setup, reporter, done, compile_s)
         while done < total and not stopped:
             state, turn = iterate(setup, state, done)
             watch(setup, state, turn, workdir, reporter)
@@ -217,13 +222,14 @@ def show_samples(setup: Setup, iteration: int, turn: Turn, file: JsonlWriter, re
         file.write({"iteration": iteration, "prompt": prompt, "response": response, "score": score})
 
 
-def announce(setup: Setup, reporter: Reporter, start: int) -> None:
-    """Says what is about to run, and what happened to the prompts."""
+def announce(setup: Setup, reporter: Reporter, start: int, compile_s: float) -> None:
+    """Says what is about to run, what it took to compile, and what happened to the prompts."""
     prompts, config = setup.prompts, setup.model.config
     devices = f"{jax.device_count()} {jax.devices()[0].platform}"
     reporter.print(
         f"model: {count_parameters(setup.ref_params):,} parameters, {config.num_layers} layers; {devices} device(s)"
         + (f"; going on after iteration {start}" if start else "")
+        + f"; compiled in {compile_s:.1f} s"
     )
     limit = setup.settings.ppo.prompt_length
     fate = (
@@ -234,24 +240,35 @@ def announce(setup: Setup, reporter: Reporter, start: int) -> None:
     reporter.print(f"prompts: {len(prompts.texts):,} of at most {limit} tokens ({fate})")
 
 
-def compile_ahead(setup: Setup) -> dict[str, Any]:
-    """The programs of an iteration, compiled, by their names in `TrainStep`."""
+def compiled(setup: Setup) -> Setup:
+    """With the programs of an iteration compiled, if they are not yet."""
+    if isinstance(setup.step.learn, Compiled) or isinstance(setup.step.iterate, Compiled):
+        return setup
     step, given = setup.step, (setup.state, setup.ref_params)
     batch, texts = batch_of(setup, setup.prompts, rows_of(setup, 0)), texts_to_learn(setup, 0)
     if step.iterate:
-        return {"iterate": step.iterate.lower(*given, batch, setup.judges.params, texts).compile()}
-    rollout, scores = jax.eval_shape(step.act, *given, batch), setup.scores
-    programs = {"act": step.act.lower(*given, batch)}
-    if setup.method.greedy:
-        programs["greedy"] = step.greedy.lower(*given, batch)
-        scores = scores.replace(greedy=scores.total)
-    programs["learn"] = step.learn.lower(*given, rollout, scores, texts)
-    return {name: lowered.compile() for name, lowered in programs.items()}
+        lowered = {"iterate": step.iterate.lower(*given, batch, setup.judges.params, texts)}
+    else:
+        rollout, scores = jax.eval_shape(step.act, *given, batch), setup.scores
+        lowered = {"act": step.act.lower(*given, batch)}
+        if setup.method.greedy:
+            lowered["greedy"] = step.greedy.lower(*given, batch)
+            scores = scores.replace(greedy=scores.total)
+        lowered["learn"] = step.learn.lower(*given, rollout, scores, texts)
+    programs = {name: program.compile() for name, program in lowered.items()}
+    release_free_memory()
+    return setup._replace(step=step._replace(**programs))
+
+
+def costs(setup: Setup) -> dict[str, dict[str, float]]:
+    """What each program of an iteration costs on a device, by its name in `TrainStep`; see `program_cost`."""
+    programs = compiled(setup).step._asdict()
+    return {name: program_cost(program) for name, program in programs.items() if isinstance(program, Compiled)}
 
 
 def dry_run(settings: PPOExperiment) -> None:
     """Compiles the programs of an iteration and prints what they cost on each device."""
-    print_costs({name: program_cost(program) for name, program in compile_ahead(prepare(settings)).items()})
+    print_costs(costs(prepare(settings)))
 
 
 def main(settings: PPOExperiment, workdir: Path) -> None:

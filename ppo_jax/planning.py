@@ -1,5 +1,7 @@
 """What a compiled program will cost, read off before it runs."""
 
+import ctypes
+import sys
 from typing import Any
 
 import jax
@@ -37,3 +39,14 @@ def program_cost(compiled: Any) -> dict[str, float]:
 def count_parameters(params: Params) -> int:
     """Numbers in a tree of arrays or shapes."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def release_free_memory() -> None:
+    """Hands the memory that is free within this process back to the system, where its C library can (glibc).
+
+    Else it keeps what compiling has used: 450 MB for 6 layers of 384 and a whole iteration of PPO (jax 0.10.2, CPU).
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

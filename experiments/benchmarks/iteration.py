@@ -141,13 +141,14 @@ def ours(measured: str, **given: Any) -> Callable[[], dict]:
     """The iteration, compiled before."""
     import jax
 
-    from ppo_jax.planning import program_cost
+    from ppo_jax.planning import program_cost, release_free_memory
 
     program, state, rest = prepare(Work(**given))
     began = time.perf_counter()
     program = program.lower(state, *rest).compile()
     compile_s = time.perf_counter() - began
     cost = program_cost(program)
+    release_free_memory()
 
     def iterate() -> None:
         nonlocal state

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from ppo_jax.models.config import ModelConfig
@@ -29,7 +28,7 @@ _float32_dot = partial(jnp.dot, preferred_element_type=jnp.float32)  # bfloat16 
 
 @jax.custom_vjp
 def settled(x: jax.Array) -> jax.Array:
-    """x itself; on a CPU its gradient becomes one array in memory before anything reads it.
+    """The same; on a CPU its gradient becomes one array in memory before anything reads it.
 
     Along the residual stream the gradient is a sum over all later layers. Left alone, XLA's CPU backend fuses that
     whole sum, of more terms in every layer, into each of its readers, which then take a sixth of a gradient step (12
