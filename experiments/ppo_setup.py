@@ -67,9 +67,12 @@ def prepare(settings: PPOExperiment) -> Setup:
     config = settings.ppo
     method = resolve(config)
     folder = hub.resolve(settings.model)
-    model_config = hub.load_config(folder, dtype=settings.dtype, param_dtype=settings.param_dtype)
-    if lora := settings.lora.config():
-        model_config = dataclasses.replace(model_config, lora_scale=lora.scale)
+    lora = settings.lora.config()
+    model_config = dataclasses.replace(
+        hub.load_config(folder, dtype=settings.dtype, param_dtype=settings.param_dtype),
+        remat=settings.remat,
+        lora_scale=lora.scale if lora else 1.0,
+    )
     tokenizer = load_tokenizer(folder)
     special = special_tokens(tokenizer, hub.load_eos_ids(folder), settings.pad_token, settings.eos_token)
     length = config.prompt_length + config.response_length

@@ -88,7 +88,7 @@ def prepare(settings: DPOExperiment) -> Setup:
         InputError: any of the inputs cannot be used.
     """
     folder = hub.resolve(settings.model)
-    config = hub.load_config(folder, dtype=settings.dtype)
+    config = dataclasses.replace(hub.load_config(folder, dtype=settings.dtype), remat=settings.remat)
     tokenizer = load_tokenizer(folder)
     special = special_tokens(tokenizer, hub.load_eos_ids(folder), settings.pad_token, settings.eos_token)
     check("config.length", settings.length, settings.length <= config.max_positions,

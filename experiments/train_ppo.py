@@ -255,7 +255,7 @@ def compiled(setup: Setup) -> Setup:
             lowered["greedy"] = step.greedy.lower(*given, batch)
             scores = scores.replace(greedy=scores.total)
         lowered["learn"] = step.learn.lower(*given, rollout, scores, texts)
-    programs = {name: program.compile() for name, program in lowered.items()}
+    programs: dict[str, Any] = {name: program.compile() for name, program in lowered.items()}
     release_free_memory()
     return setup._replace(step=step._replace(**programs))
 

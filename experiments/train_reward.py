@@ -84,7 +84,8 @@ def prepare(settings: RewardExperiment) -> Setup:
     """
     folder = hub.resolve(settings.model)
     language_model = hub.load_config(folder, dtype=settings.dtype)
-    config = dataclasses.replace(language_model, tie_embeddings=True)  # there is no vocabulary projection
+    # There is no vocabulary projection.
+    config = dataclasses.replace(language_model, tie_embeddings=True, remat=settings.remat)
     tokenizer = load_tokenizer(folder)
     special = special_tokens(tokenizer, hub.load_eos_ids(folder), settings.pad_token, settings.eos_token)
     check("config.length", settings.length, settings.length <= config.max_positions,

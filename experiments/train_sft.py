@@ -72,6 +72,7 @@ def prepare(settings: SFTExperiment) -> Setup:
         model_config = hub.load_config(folder, dtype=settings.dtype)
     else:
         model_config = settings.architecture.model_config(len(tokenizer), settings.dtype)
+    model_config = dataclasses.replace(model_config, remat=settings.remat)
     check("config.length", settings.length, settings.length <= model_config.max_positions,
           f"at most the model's {model_config.max_positions} positions")  # fmt: skip
     texts = load_examples(settings.data, tokenizer, special, settings.length, settings.data_split)

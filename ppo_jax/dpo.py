@@ -25,7 +25,7 @@ from ppo_jax.errors import check
 from ppo_jax.losses import dpo_loss, ipo_loss, kto_loss
 from ppo_jax.models import Decoder
 from ppo_jax.sft import predicted, token_logprobs
-from ppo_jax.sharding import Shardings, minibatches
+from ppo_jax.sharding import Shardings, jit_training, minibatches
 from ppo_jax.types import Examples, Metrics, Params, TrainState
 
 LOSSES = ("dpo", "ipo", "kto")
@@ -284,11 +284,6 @@ def make_dpo_step(
 
     at = shardings
     return DPOStep(
-        learn=jax.jit(
-            learn,
-            in_shardings=(at.state, at.ref_params, at.batch),
-            out_shardings=(at.state, at.replicated),
-            donate_argnames="state",
-        ),
+        learn=jit_training(learn, (at.state, at.ref_params, at.batch), (at.state, at.replicated)),
         logprobs=jax.jit(logprobs_of, in_shardings=(at.ref_params, at.batch), out_shardings=at.batch),
     )

@@ -32,7 +32,7 @@ from ppo_jax.models import ActorCritic
 from ppo_jax.optim import ema_update, fresh_state
 from ppo_jax.policy import act, policy_params, policy_sampling
 from ppo_jax.sampling import SamplingConfig, generate
-from ppo_jax.sharding import Shardings
+from ppo_jax.sharding import Shardings, jit_training
 from ppo_jax.types import Examples, Experience, Metrics, Params, Prompts, Rollout, Scores, TrainState
 from ppo_jax.update import update
 
@@ -170,21 +170,13 @@ def make_train_step(
     return TrainStep(
         act=jax.jit(sample, **looks),
         greedy=jax.jit(likeliest, **looks),
-        learn=jax.jit(
-            learn,
-            in_shardings=(at.state, at.ref_params, at.batch, at.batch, at.batch),
-            out_shardings=learned,
-            donate_argnames="state",
-        ),
+        learn=jit_training(learn, (at.state, at.ref_params, at.batch, at.batch, at.batch), learned),
         measure=jax.jit(
             measure, in_shardings=(at.state, at.ref_params, at.batch, at.batch), out_shardings=at.replicated
         ),
         score=jax.jit(score, in_shardings=(at.judge_params, at.batch), out_shardings=at.batch) if score else None,
-        iterate=jax.jit(
-            iterate,
-            in_shardings=(at.state, at.ref_params, at.batch, at.judge_params, at.batch),
-            out_shardings=(*learned, at.batch),
-            donate_argnames="state",
+        iterate=jit_training(
+            iterate, (at.state, at.ref_params, at.batch, at.judge_params, at.batch), (*learned, at.batch)
         )
         if score
         else None,

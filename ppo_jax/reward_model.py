@@ -18,7 +18,7 @@ from jax.stages import Wrapped
 from ppo_jax.errors import InputError
 from ppo_jax.losses import ranking_loss, rating_loss
 from ppo_jax.models import ModelConfig, RewardModel
-from ppo_jax.sharding import Shardings
+from ppo_jax.sharding import Shardings, jit_training
 from ppo_jax.types import Comparisons, Metrics, Params, Ratings, TrainState
 
 
@@ -95,12 +95,7 @@ def make_reward_step(
     at = shardings
     compiled = partial(jax.jit, in_shardings=(at.state.params, at.batch, at.batch), out_shardings=at.batch)
     return RewardStep(
-        learn=jax.jit(
-            learn,
-            in_shardings=(at.state, at.batch),
-            out_shardings=(at.state, at.replicated),
-            donate_argnames="state",
-        ),
+        learn=jit_training(learn, (at.state, at.batch), (at.state, at.replicated)),
         score=compiled(score),
         last_hidden=compiled(last_hidden),
     )

@@ -10,7 +10,7 @@ from jax.stages import Wrapped  # what jax.jit returns
 from ppo_jax.losses import next_token_loss
 from ppo_jax.models import Decoder, load_balance, run_trunk, segment_mask, segment_positions
 from ppo_jax.numerics import chunked_logprobs_and_entropy
-from ppo_jax.sharding import Shardings, minibatches
+from ppo_jax.sharding import Shardings, jit_training, minibatches
 from ppo_jax.types import Examples, Metrics, Params, TrainState
 
 
@@ -103,11 +103,6 @@ def make_sft_step(
 
     at = shardings
     return SFTStep(
-        learn=jax.jit(
-            learn,
-            in_shardings=(at.state, at.batch),
-            out_shardings=(at.state, at.replicated),
-            donate_argnames="state",
-        ),
+        learn=jit_training(learn, (at.state, at.batch), (at.state, at.replicated)),
         measure=jax.jit(measure, in_shardings=(at.state.params, at.batch), out_shardings=at.replicated),
     )

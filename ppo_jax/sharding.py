@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Wrapped
 
 from ppo_jax.errors import InputError
 from ppo_jax.types import Params, TrainState
@@ -133,4 +134,20 @@ def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = (), ref
         judge_params=param_shardings(mesh, judge_params),
         batch=batch,
         replicated=replicated,
+    )
+
+
+def jit_training(step: Callable[..., Any], in_shardings: Any, out_shardings: Any) -> Wrapped:
+    """A train step, compiled over the mesh. Its argument `state` is donated.
+
+    On a CPU XLA is told to keep `optimization_barrier`: it takes them out before it looks for common expressions, finds
+    that what `jax.checkpoint` computes again is there already, and keeps it (`ModelConfig.remat`).
+    """
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else None
+    return jax.jit(
+        step,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnames="state",
+        compiler_options=options,
     )

@@ -193,6 +193,7 @@ SERVICE = {"reward": "http://127.0.0.1:9/"}
 REFUSED_TRACKER = row("nothing")  # those that are known have packages of their own: test_metrics.py
 TRAINING = {
     "dtype": row("bfloat16"),
+    "remat": "test_no_ignored_field.py::test_remat_reaches_the_model",
     "save_dtype": "test_save_dtype.py::test_the_dtype_of_the_exported_weights",
     "pad_token": row("<unk>"),
     "eos_token": row("▁."),
@@ -273,6 +274,7 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "lora_scale": row(2.0),
         "dtype": row("bfloat16"),
         "param_dtype": row("bfloat16", by="shapes"),
+        "remat": "test_models.py::test_remat_saves_memory_and_changes_no_gradient",
     },
     LinearScaling: {"factor": row(3.0)},
     Llama3Scaling: {

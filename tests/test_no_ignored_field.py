@@ -51,7 +51,7 @@ from ppo_jax.dpo import DPOConfig, preference_loss
 from ppo_jax.envs import QUADRANTS
 from ppo_jax.errors import InputError
 from ppo_jax.feedback.simulated import annotate
-from ppo_jax.models import ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, overlay, rope
+from ppo_jax.models import REMATS, ActorCritic, Decoder, LoRAConfig, ModelConfig, init_adapter, overlay, rope
 from ppo_jax.models.control import init_networks
 from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 from ppo_jax.policy import policy_sampling
@@ -318,6 +318,7 @@ def ppo_run(settings: kinds.PPOExperiment, case: Case) -> str:
     """What a run leaves, of programs that do nothing; times apart, and the settings themselves."""
     case.patch.setattr(ppo_results, "plot_curves", lambda *_, **__: None)
     case.patch.setattr(ppo_results, "export", lambda *_: None)
+    case.patch.setattr(train_ppo, "compiled", lambda setup: setup)
     train_ppo.train(dry(ppo_setup.prepare(settings), kl=1.0), case.folder)
     saved = sorted(path.name for path in (case.folder / "checkpoints").iterdir())
     files = {name: (case.folder / name).read_bytes() for name in ("samples.jsonl", "responses.jsonl", "results.json")}
@@ -672,6 +673,22 @@ def test_a_change_changes_the_output_or_is_refused(kind, name, one, world, tmp_p
         assert number or not told.startswith("refused"), told
         assert told not in seen, f"{name}={value!r} is {name}={seen.get(told)!r}"
         seen[told] = value
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [
+        (train_ppo, kinds.PPOExperiment),
+        (train_sft, kinds.SFTExperiment),
+        (train_reward, kinds.RewardExperiment),
+        (train_dpo, kinds.DPOExperiment),
+    ],
+)
+def test_remat_reaches_the_model(script, kind, world):
+    for remat in REMATS:
+        assert script.prepare(experiment(kind, world, remat=remat)).model.config.remat == remat
+    with pytest.raises(InputError, match="remat: got 'all', expected one of none, dots, full"):
+        experiment(kind, world, remat="all")
 
 
 def test_the_same_settings_give_the_same_output(world, tmp_path):

@@ -6,7 +6,7 @@ from experiments.settings.machinery import check_at_least
 from ppo_jax.config import option
 from ppo_jax.errors import check
 from ppo_jax.metrics import KNOWN_TRACKERS
-from ppo_jax.models import ModelConfig
+from ppo_jax.models import REMATS, ModelConfig
 from ppo_jax.optim import LR_SCHEDULES
 
 SAVE_DTYPES = ("model", "float32", "float16", "bfloat16")
@@ -32,6 +32,11 @@ class TrainingSettings:
 
     checkpoints_to_keep: int = option(2, "newest checkpoints that stay")
     dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
+    remat: str = option(
+        "dots",
+        f"what a backward pass computes again instead of keeping it, for memory: {', '.join(REMATS)} (all but matrix "
+        "products; whole layers)",
+    )
     save_dtype: str = option(
         "model",
         f"of the exported weights: {', '.join(SAVE_DTYPES)}; model: what its files have (bfloat16 rounds changes below "
@@ -45,6 +50,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Refuses what cannot be."""
         check("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        check("remat", self.remat, self.remat in REMATS, "one of " + ", ".join(REMATS))
         check("save_dtype", self.save_dtype, self.save_dtype in SAVE_DTYPES, "one of " + ", ".join(SAVE_DTYPES))
         check_at_least(self, 1, "checkpoints_to_keep")
         for name in tracker_names(self.trackers):

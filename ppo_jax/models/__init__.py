@@ -4,7 +4,7 @@ What is trained may be less than the whole: an adapter, or the upper layers, lai
 """
 
 from ppo_jax.models.actor_critic import ActorCritic
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import REMATS, ModelConfig
 from ppo_jax.models.experts import load_balance, run_trunk
 from ppo_jax.models.layers import by_output
 from ppo_jax.models.lora import LoRAConfig, init_adapter, merge, overlay, upper_layers
@@ -13,6 +13,7 @@ from ppo_jax.models.reward import RewardModel
 from ppo_jax.models.transformer import Cache, Decoder, empty_cache
 
 __all__ = [
+    "REMATS",
     "ActorCritic",
     "Cache",
     "Decoder",

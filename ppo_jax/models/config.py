@@ -5,6 +5,7 @@ import dataclasses
 from ppo_jax.errors import check
 from ppo_jax.models.rope import LongScaling, RopeScaling, YarnScaling
 
+REMATS = ("none", "dots", "full")
 _CHOICES = {
     "positions": ("learned", "rotary"),
     "norm": ("layernorm", "rmsnorm"),
@@ -13,6 +14,7 @@ _CHOICES = {
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
+    "remat": REMATS,
 }
 _POSITIVE = (
     "vocab_size num_layers num_heads num_kv_heads head_dim width mlp_width max_positions rope_theta norm_eps init_std "
@@ -79,6 +81,7 @@ class ModelConfig:
     param_dtype: str = (
         "float32"  # bfloat16: the optimizer keeps what is trained in float32, or small updates would be lost
     )
+    remat: str = "dots"  # what a backward pass computes again: nothing, all but matrix products, or whole layers
 
     def __post_init__(self) -> None:
         """Fills the derived defaults in and refuses what cannot be."""

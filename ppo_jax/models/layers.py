@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import Params, column_norms
@@ -24,28 +23,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 _float32_dot = partial(jnp.dot, preferred_element_type=jnp.float32)  # bfloat16 in, float32 out
-
-
-@jax.custom_vjp
-def settled(x: jax.Array) -> jax.Array:
-    """The same; on a CPU its gradient becomes one array in memory before anything reads it.
-
-    Along the residual stream the gradient is a sum over all later layers. Left alone, XLA's CPU backend fuses that
-    whole sum, of more terms in every layer, into each of its readers, which then take a sixth of a gradient step (12
-    layers of 768; jax 0.10.2). It takes `optimization_barrier` out before it fuses, so the barrier stands in a call
-    that may not be inlined.
-    """
-    return x
-
-
-def _settle_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-    if jax.default_backend() == "cpu":
-        with set_xla_metadata(inlineable="false"):
-            gradient = jax.jit(jax.lax.optimization_barrier)(gradient)
-    return (gradient,)
-
-
-settled.defvjp(lambda x: (x, None), _settle_gradient)
 
 
 class Norm(nn.Module):

@@ -20,13 +20,19 @@ import jax.numpy as jnp
 from ppo_jax.errors import InputError
 from ppo_jax.models import rope
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std, settled
+from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, each [B, K, S, H]; slot s belongs to token s of the padded sequence. A head's keys lie
 side by side, as its products read them: in any other order a decode step would begin by copying the whole cache.
 """
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a layer's forward pass keeps for its backward pass, which computes the rest again, by `ModelConfig.remat`."""
 
 Cache = tuple[LayerCache, ...]
 """A `LayerCache` for each layer."""
@@ -186,7 +192,8 @@ class Decoder(nn.Module):
         self.embed = embed(config.vocab_size)
         if config.positions == "learned":
             self.positions = embed(config.max_positions + config.position_offset)
-        self.layer = [Block(config, i) for i in range(config.num_layers)]
+        block = Block if config.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[config.remat])
+        self.layer = [block(config, i) for i in range(config.num_layers)]
         self.final_norm = Norm(config)
         if not config.tie_embeddings:
             self.lm_head = Projection(config, config.vocab_size, use_bias=False, out_dtype="float32")
@@ -229,7 +236,7 @@ class Decoder(nn.Module):
         extended: list[LayerCache] = []
         for i, layer in enumerate(self.layer):
             seen = masks[config.window(i)]
-            x, layer_cache = layer(settled(x), positions, seen, None if cache is None else cache[i], slot)
+            x, layer_cache = layer(x, positions, seen, None if cache is None else cache[i], slot)
             if layer_cache is not None:
                 extended.append(layer_cache)
         return self.final_norm(x), tuple(extended) or None
