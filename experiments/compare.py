@@ -81,7 +81,7 @@ class Run(NamedTuple):
         def work(folder: Path) -> dict[str, Any]:
             setup = train_ppo.prepare(given)
             if not programs:
-                programs.append(train_ppo.compiled(setup).step)
+                programs.append(train_ppo.with_compiled_step(setup).step)
             setup = setup._replace(step=programs[0])
             peak = max(cost["peak_mb"] for cost in train_ppo.costs(setup).values())
             parameters = count_parameters(setup.state.params)

@@ -150,12 +150,11 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     done = int(state.step)
     if (saved := finished(workdir, done, total)) is not None:
         return saved
-    began = time.perf_counter()
     if done < total:
-        setup = compiled(setup._replace(state=state))
-    compile_s = time.perf_counter() - began
+        setup = with_compiled_step(setup._replace(state=state))
     if not done:
         state = begin(setup, state)
+        release_free_memory()
     if not done and settings.kl_limit:
         checkpoints.save(state)  # to go back to
     truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
@@ -163,7 +162,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     writers = make_writers(workdir, trackers, config, workdir.name, start_step=done)
     stopped = False
     with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
-        announce(setup, reporter, done, compile_s)
+        announce(setup, reporter, done)
         while done < total and not stopped:
             state, turn = iterate(setup, state, done)
             watch(setup, state, turn, workdir, reporter)
@@ -222,14 +221,13 @@ def show_samples(setup: Setup, iteration: int, turn: Turn, file: JsonlWriter, re
         file.write({"iteration": iteration, "prompt": prompt, "response": response, "score": score})
 
 
-def announce(setup: Setup, reporter: Reporter, start: int, compile_s: float) -> None:
-    """Says what is about to run, what it took to compile, and what happened to the prompts."""
+def announce(setup: Setup, reporter: Reporter, start: int) -> None:
+    """Says what is about to run, and what happened to the prompts."""
     prompts, config = setup.prompts, setup.model.config
     devices = f"{jax.device_count()} {jax.devices()[0].platform}"
     reporter.print(
         f"model: {count_parameters(setup.ref_params):,} parameters, {config.num_layers} layers; {devices} device(s)"
         + (f"; going on after iteration {start}" if start else "")
-        + f"; compiled in {compile_s:.1f} s"
     )
     limit = setup.settings.ppo.prompt_length
     fate = (
@@ -240,7 +238,7 @@ def announce(setup: Setup, reporter: Reporter, start: int, compile_s: float) -> 
     reporter.print(f"prompts: {len(prompts.texts):,} of at most {limit} tokens ({fate})")
 
 
-def compiled(setup: Setup) -> Setup:
+def with_compiled_step(setup: Setup) -> Setup:
     """With the programs of an iteration compiled, if they are not yet."""
     if isinstance(setup.step.learn, Compiled) or isinstance(setup.step.iterate, Compiled):
         return setup
@@ -262,7 +260,7 @@ def compiled(setup: Setup) -> Setup:
 
 def costs(setup: Setup) -> dict[str, dict[str, float]]:
     """What each program of an iteration costs on a device, by its name in `TrainStep`; see `program_cost`."""
-    programs = compiled(setup).step._asdict()
+    programs = with_compiled_step(setup).step._asdict()
     return {name: program_cost(program) for name, program in programs.items() if isinstance(program, Compiled)}
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program will cost, read off before it runs."""
+"""What a compiled program will cost, read off before it runs; and the memory that compiling leaves behind."""
 
 import ctypes
 import sys

@@ -59,6 +59,8 @@ class TrainStep(NamedTuple):
 
     `greedy(state, ref_params, prompts) -> rollout` is the likeliest response to each prompt. `measure(state,
     ref_params, rollout, scores) -> metrics` and `score(judge_params, rollout) -> scores` only look at a rollout.
+
+    Any of them may be compiled ahead for arguments of known shapes: `.lower(...).compile()`.
     """
 
     act: Wrapped

@@ -138,7 +138,8 @@ def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = (), ref
 
 
 def jit_training(step: Callable[..., Any], in_shardings: Any, out_shardings: Any) -> Wrapped:
-    """A train step, compiled over the mesh. Its argument `state` is donated.
+    """A train step, compiled over the mesh. Its argument `state` is donated. It is to be called by Python, not within
+    another `jax.jit`; `jax.vmap` may map it.
 
     On a CPU XLA is told to keep `optimization_barrier`: it takes them out before it looks for common expressions, finds
     that what `jax.checkpoint` computes again is there already, and keeps it (`ModelConfig.remat`).

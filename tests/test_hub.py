@@ -122,7 +122,8 @@ def test_save_and_load_is_exact(name, dtype, rng, tmp_path):
 def test_a_model_is_saved_as_its_family(family, rng, tmp_path):
     """Three families can express it: the one of the configuration does, to the byte when it is saved again."""
     config = ModelConfig(**SIZES, num_kv_heads=2, family=family)
-    folder = hub.save(tmp_path / "model", random_params(rng, config), config)
+    how_it_is_trained = dataclasses.replace(config, remat="full", lora_scale=2.0)
+    folder = hub.save(tmp_path / "model", random_params(rng, config), how_it_is_trained)
     assert json.loads((folder / "config.json").read_text())["model_type"] == (family or "llama")
     assert hub.load_config(folder) == dataclasses.replace(config, family=family or "llama")
     fused = "model.layers.0.self_attn.qkv_proj.weight" in load_file(folder / "model.safetensors")

@@ -23,10 +23,13 @@ from ppo_jax.models import (
     REMATS,
     ActorCritic,
     Decoder,
+    LoRAConfig,
     ModelConfig,
     by_output,
     causal_mask,
     empty_cache,
+    init_adapter,
+    overlay,
     positions_of,
     segment_mask,
     segment_positions,
@@ -96,6 +99,27 @@ def test_remat_saves_memory_and_changes_no_gradient(rng):
     assert temporaries["full"] < 0.75 * temporaries["dots"] < 0.75 * 0.75 * temporaries["none"]
     for remat in ("dots", "full"):  # sums in another order: 64 x 8 terms, of which each has its own rounding
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads[remat], grads["none"])
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts", "dora"])
+def test_what_the_matrices_give_is_not_computed_again(kind, rng):
+    experts = {"num_experts": 4, "experts_per_token": 2} if kind == "experts" else {}
+    config = tiny(width=96, head_dim=24, mlp_width=192, **experts)
+    key, tokens = jax.random.key(0), jnp.asarray(rng.integers(0, config.vocab_size, (2, 16)))
+    base = Decoder(config).init(key, tokens, tokens >= 0)["params"]
+    params = init_adapter(base, LoRAConfig(rank=2, dora=True), key) if kind == "dora" else base
+    costs = {}
+    for remat in ("none", "dots"):
+        model = Decoder(dataclasses.replace(config, remat=remat))
+
+        def loss(params, model=model):
+            return jnp.mean(jnp.square(model.apply({"params": overlay(base, params)}, tokens, tokens >= 0)))
+
+        program = jit_training(lambda state, loss=loss: jax.grad(loss)(state), None, None).lower(params).compile()
+        costs[remat] = program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes
+    (flops, memory), (fewest, most) = costs["dots"], costs["none"]
+    assert flops < 1.1 * fewest  # attention and norms are; a third would be everything
+    assert memory < most
 
 
 def max_relative_error(actual, expected, mask) -> float:

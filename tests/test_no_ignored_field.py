@@ -318,7 +318,7 @@ def ppo_run(settings: kinds.PPOExperiment, case: Case) -> str:
     """What a run leaves, of programs that do nothing; times apart, and the settings themselves."""
     case.patch.setattr(ppo_results, "plot_curves", lambda *_, **__: None)
     case.patch.setattr(ppo_results, "export", lambda *_: None)
-    case.patch.setattr(train_ppo, "compiled", lambda setup: setup)
+    case.patch.setattr(train_ppo, "with_compiled_step", lambda setup: setup)
     train_ppo.train(dry(ppo_setup.prepare(settings), kl=1.0), case.folder)
     saved = sorted(path.name for path in (case.folder / "checkpoints").iterdir())
     files = {name: (case.folder / name).read_bytes() for name in ("samples.jsonl", "responses.jsonl", "results.json")}

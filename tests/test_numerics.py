@@ -847,6 +847,19 @@ def test_chunked_divergence_with_forbidden_tokens_at_some_positions(rng):
     assert all(np.isfinite(x).all() for x in grad)
 
 
+def test_the_backward_pass_sums_nothing_over_the_vocabulary_again(rng):
+    """The largest logit, the first sum of the forward pass, is taken once."""
+    hidden, projection, tokens = rng.normal(size=(2, 6, 5)), rng.normal(size=(5, 37)), rng.integers(0, 37, (2, 6))
+
+    def loss(projection):
+        logprobs, entropy = numerics.chunked_logprobs_and_entropy(
+            lambda hidden, _: hidden @ projection, jnp.asarray(hidden), jnp.asarray(tokens), chunk_size=3
+        )
+        return jnp.sum(logprobs) + jnp.sum(jnp.square(entropy))
+
+    assert str(jax.make_jaxpr(jax.grad(loss))(jnp.asarray(projection))).count("reduce_max") == 1
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_chunked_divergence_never_holds_all_logits(rng, gradient):
     policy, reference = draw_two_heads(rng, **MEMORY_SHAPE)

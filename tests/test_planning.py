@@ -1,13 +1,16 @@
 """The costs of a compiled program, for programs whose costs are known."""
 
 import math
+import platform
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.planning import count_parameters, program_cost
+from ppo_jax.planning import count_parameters, program_cost, release_free_memory
 
 MB = 2**20
 
@@ -66,3 +69,17 @@ def test_what_a_backend_does_not_tell_is_nan():
 def test_parameters_are_counted():
     tree = {"a": np.zeros((3, 4)), "b": {"c": jax.ShapeDtypeStruct((5,), jnp.float32), "d": jnp.zeros(())}}
     assert count_parameters(tree) == 12 + 5 + 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to give memory back")
+def test_free_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    kept = [b"x" * 2**16 for _ in range(2**11)]  # 128 MiB, each too small to be mapped by itself
+    last = b"y" * 2**16  # above them: without it the heap would shrink by itself
+    before = resident()
+    del kept
+    release_free_memory()
+    assert resident() < before - 2**26
+    del last

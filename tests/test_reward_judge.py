@@ -506,8 +506,8 @@ def test_a_critic_from_a_reward_model_by_its_folder_or_by_the_judge(judges):
     assert_same(load_critic(str(judges.same), "vader", policy, tokenizer, {}), expected)
     reward = f"vader*0.1,model:{judges.same}*-2"
     assert_same(load_critic("reward", reward, policy, tokenizer, {}), expected)
-    # What is the policy's own does not count: its projection onto words, its adapter.
-    policy = dataclasses.replace(policy, lora_scale=2.0, tie_embeddings=False)
+    # What is the policy's own does not count: its projection onto words, its adapter, how it is trained.
+    policy = dataclasses.replace(policy, lora_scale=2.0, tie_embeddings=False, remat="none")
     assert_same(load_critic(str(judges.same), "vader", policy, tokenizer, {}), expected)
     # One that would read the policy's tokens as other words.
     other = folders.word_tokenizer(reversed(folders.WORDS))

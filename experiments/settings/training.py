@@ -34,8 +34,8 @@ class TrainingSettings:
     dtype: str = option("float32", "of the model's matrix products: float32 or bfloat16")
     remat: str = option(
         "dots",
-        f"what a backward pass computes again instead of keeping it, for memory: {', '.join(REMATS)} (all but matrix "
-        "products; whole layers)",
+        f"what a backward pass computes again instead of keeping it, for memory: {', '.join(REMATS)} (all but "
+        "products with a layer's matrices; whole layers)",
     )
     save_dtype: str = option(
         "model",

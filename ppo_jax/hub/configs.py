@@ -180,7 +180,7 @@ def family_that_holds(config: ModelConfig) -> str:
 
 
 def _holds(model_type: str, config: ModelConfig) -> bool:
-    """Whether what is written of a model, read again, is that model."""
+    """Whether what is written of a model, read again, is that model; how it is trained is not written."""
     if config.width % config.num_heads:
         return False  # their classes refuse it, even where head_dim is given
     raw = {"model_type": model_type, **_write_fields(FAMILIES[model_type], config)}
@@ -188,7 +188,7 @@ def _holds(model_type: str, config: ModelConfig) -> bool:
         read = read_config(raw, "config", config.dtype, config.param_dtype)
     except HubError:
         return False
-    return read == dataclasses.replace(config, family=model_type, lora_scale=1.0)
+    return read == dataclasses.replace(config, family=model_type, lora_scale=1.0, remat=read.remat)
 
 
 def _write_fields(family: Family, config: ModelConfig) -> dict[str, Any]:

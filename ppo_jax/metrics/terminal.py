@@ -147,7 +147,7 @@ class Reporter:
         self.console.print(table)
 
     def _seconds_left(self, done: int) -> float | None:
-        """From the pace of the last updates; None after the first one, which compiles and tells nothing."""
+        """From the pace of the last updates; None after the first one, which may compile and tells nothing."""
         if len(self._ends) < 2:
             return 0.0 if done >= self.total_iterations else None
         (first, began), (last, ended) = self._ends[0], self._ends[-1]

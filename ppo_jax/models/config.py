@@ -81,7 +81,7 @@ class ModelConfig:
     param_dtype: str = (
         "float32"  # bfloat16: the optimizer keeps what is trained in float32, or small updates would be lost
     )
-    remat: str = "dots"  # what a backward pass computes again: nothing, all but matrix products, or whole layers
+    remat: str = "dots"  # a backward pass computes again nothing, all but products with a layer's matrices, or layers
 
     def __post_init__(self) -> None:
         """Fills the derived defaults in and refuses what cannot be."""

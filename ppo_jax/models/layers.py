@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import Params, column_norms
@@ -50,6 +51,8 @@ class Norm(nn.Module):
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
         return y.astype(self.out_dtype or config.dtype)
 
+
+PRODUCT = "product with a layer's matrix"  # what `remat="dots"` keeps
 
 BY_OUTPUT = "kernel_by_output"
 
@@ -104,14 +107,15 @@ class Projection(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-        return y.astype(self.out_dtype or dtype)
+        return checkpoint_name(y.astype(self.out_dtype or dtype), PRODUCT)
 
     def _adapted(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
         scale = self.config.lora_scale
         a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
         y = y + scale * _float32_dot(_float32_dot(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
         if self.has_variable("params", "lora_magnitude"):
-            norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
+            norms = checkpoint_name(jax.lax.stop_gradient(column_norms(kernel, a, b, scale)), PRODUCT)
+            y = checkpoint_name(y, PRODUCT)  # the gradient of a magnitude reads it
             y = y * jnp.broadcast_to(self.get_variable("params", "lora_magnitude") / norms, y.shape)
         return y
 
@@ -158,7 +162,7 @@ class ExpertProjection(nn.Module):
         shape, init = (config.num_experts, x.shape[-1], self.features), nn.initializers.normal(self.init_std)
         kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
         x, kernel = x.astype(config.dtype), kernel.astype(config.dtype)
-        return jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=jnp.float32)
+        return checkpoint_name(jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=jnp.float32), PRODUCT)
 
 
 class Experts(nn.Module):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ppo_jax.errors import InputError
 from ppo_jax.models import rope
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layers import MLP, Experts, Norm, Projection, residual_std
+from ppo_jax.models.layers import MLP, PRODUCT, Experts, Norm, Projection, residual_std
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -29,7 +29,7 @@ side by side, as its products read them: in any other order a decode step would 
 """
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What a layer's forward pass keeps for its backward pass, which computes the rest again, by `ModelConfig.remat`."""

@@ -18,7 +18,8 @@ from ppo_jax.types import Params
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OF_THE_POLICY = {"tie_embeddings", "lora_scale"}  # a critic has neither a vocabulary projection nor an adapter
+_OF_THE_POLICY = {"tie_embeddings", "lora_scale", "remat"}
+"""A critic has neither a vocabulary projection nor an adapter, and is trained as the policy is."""
 
 
 def load_critic(
