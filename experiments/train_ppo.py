@@ -154,7 +154,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         setup = with_compiled_step(setup._replace(state=state))
     if not done:
         state = begin(setup, state)
-        release_free_memory()
+    release_free_memory()  # what compiling has used
     if not done and settings.kl_limit:
         checkpoints.save(state)  # to go back to
     truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
@@ -254,7 +254,6 @@ def with_compiled_step(setup: Setup) -> Setup:
             scores = scores.replace(greedy=scores.total)
         lowered["learn"] = step.learn.lower(*given, rollout, scores, texts)
     programs: dict[str, Any] = {name: program.compile() for name, program in lowered.items()}
-    release_free_memory()
     return setup._replace(step=step._replace(**programs))
 
 

@@ -2,14 +2,13 @@
 
 import math
 import platform
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks.memory import resident_bytes
 from ppo_jax.planning import count_parameters, program_cost, release_free_memory
 
 MB = 2**20
@@ -73,13 +72,10 @@ def test_parameters_are_counted():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to give memory back")
 def test_free_memory_goes_back_to_the_system():
-    def resident() -> int:
-        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
     kept = [b"x" * 2**16 for _ in range(2**11)]  # 128 MiB, each too small to be mapped by itself
     last = b"y" * 2**16  # above them: without it the heap would shrink by itself
-    before = resident()
+    before = resident_bytes()
     del kept
     release_free_memory()
-    assert resident() < before - 2**26
+    assert resident_bytes() < before - 2**26
     del last
