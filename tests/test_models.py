@@ -35,7 +35,6 @@ from ppo_jax.models import (
     segment_positions,
 )
 from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling, frequencies, rotate
-from ppo_jax.models.transformer import attend
 from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.sharding import jit_training
 from ppo_jax.types import Prompts
@@ -433,24 +432,6 @@ def test_padding_gets_no_gradient(rng):
     assert rows[0] == 0.0
     assert all(rows[token] > 0 for token in np.unique(tokens[mask]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-
-
-def test_grouped_queries_equal_repeated_keys(rng):
-    batch, size, heads, kv_heads, head_dim = 2, 5, 6, 2, 4
-    query = rng.normal(size=(batch, size, heads, head_dim)).astype(np.float32)
-    key, value = rng.normal(size=(2, batch, kv_heads, size, head_dim)).astype(np.float32)
-    mask = causal_mask(jnp.ones((batch, size), bool))
-    scale = query.shape[-1] ** -0.5
-    repeated = attend(query, np.repeat(key, heads // kv_heads, 1), np.repeat(value, heads // kv_heads, 1), mask, scale)
-    np.testing.assert_allclose(attend(query, key, value, mask, scale), repeated, rtol=0, atol=1e-6)
-
-
-def test_a_query_that_sees_nothing_gets_the_average(rng):
-    query = rng.normal(size=(1, 4, 2, 2)).astype(np.float32)
-    key, value = rng.normal(size=(2, 1, 2, 4, 2)).astype(np.float32)
-    heads = attend(query, key, value, jnp.zeros((1, 4, 4), bool), 0.5)
-    average = value.mean(2)[:, None]  # [1, 1, 2, 2]: over the slots, of each head
-    np.testing.assert_allclose(heads, np.broadcast_to(average, heads.shape), atol=1e-6)
 
 
 def test_rotation_keeps_lengths_and_sees_distances_only():

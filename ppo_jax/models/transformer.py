@@ -5,10 +5,9 @@ What a matrix product reads, and what the cache keeps, is rounded to the compute
 between, and along the residual stream, everything is float32. In bfloat16 that halves how far the log-probabilities of
 one program are from those of another, which rounds at other places.
 
-Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Henry et al.
-2020 (normalised queries and keys), Wang and Komatsuzaki 2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024
-(soft caps, norms before and after), Jiang et al. 2023 (windows, in Mistral), Team OLMo 2024 (norms after, queries and
-keys normalised as a whole).
+Sources: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Henry et al. 2020 (normalised queries and keys), Wang
+and Komatsuzaki 2021 (attention and MLP in parallel, in GPT-J), Gemma Team 2024 (norms before and after), Jiang et al.
+2023 (windows, in Mistral), Team OLMo 2024 (norms after, queries and keys normalised as a whole).
 """
 
 from functools import partial
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 
 from ppo_jax.errors import InputError
 from ppo_jax.models import rope
+from ppo_jax.models.attention import attend, softcap
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layers import MLP, PRODUCT, Experts, Norm, Projection, residual_std
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
@@ -46,36 +46,6 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     zeros = partial(jnp.zeros, shape, "float32" if jax.default_backend() == "cpu" else config.dtype)
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
-
-
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """C tanh(x / c): nearly x where |x| is much smaller than c, and never beyond c; a cap of 0 is none."""
-    return cap * jnp.tanh(x / cap) if cap else x
-
-
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, cap: float = 0.0
-) -> jax.Array:
-    """Softmax attention with grouped queries: N / K query heads share a key head, which is not repeated in memory.
-
-    Args:
-        query: `[B, T, N, H]`.
-        key: `[B, K, S, H]`.
-        value: `[B, K, S, H]`.
-        mask: `[B, T, S]` bool.
-        scale: of the scores.
-        cap: of the scores, see `softcap`.
-
-    Returns:
-        `[B, T, N, H]`. A query that may look at nothing (padding) gets an average, never NaN.
-    """
-    batch, length, heads, size = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask[:, None, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, value).reshape(query.shape)
 
 
 class Attention(nn.Module):
