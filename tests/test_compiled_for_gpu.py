@@ -1,4 +1,4 @@
-"""What XLA makes of an iteration for an H200, read off its program. No GPU is needed, but `pip install "jax[cuda12]"`."""
+"""What XLA makes of an iteration for an H200, read off its program. Needs no GPU, but `pip install "jax[cuda12]"`."""
 
 import dataclasses
 import importlib.util
