@@ -136,8 +136,7 @@ def act(
     Returns:
         B responses; those to one prompt stand one after the other.
     """
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, config.responses_per_prompt, axis=0), prompts)
-    rollout = generate(model, params, prompts, key, sampling)
+    rollout = generate(model, params, prompts, key, sampling, responses_per_prompt=config.responses_per_prompt)
     if "critic" not in params:
         return rollout
 

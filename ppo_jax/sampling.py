@@ -200,25 +200,34 @@ def generate(
     key: jax.Array,
     sampling: SamplingConfig,
     watch: Watch | None = None,
+    responses_per_prompt: int = 1,
 ) -> Rollout:
-    """Samples a response to every prompt.
+    """Samples responses to every prompt.
 
     Args:
         model: the actor-critic; its value of every state is taken along, since the trunk has run anyway.
         params: its parameters. Values are 0 without a "value_head", or if that head reads a "critic"'s trunk.
-        prompts: `[B, P]`, padded left.
+        prompts: `[B / responses_per_prompt, P]`, padded left.
         key: a typed key; token t uses `fold_in(key, t)`.
         sampling: how tokens are chosen, and what ends a response.
         watch: shows text as it comes, and ends responses for reasons of its own; None: nothing leaves the device.
+        responses_per_prompt: those to one prompt share its prefill, and stand one after the other.
 
     Returns:
-        A `Rollout` with R = `sampling.max_new_tokens`. The logprobs are those of the distribution that was drawn from,
-        filters included.
+        A `Rollout` of B responses with R = `sampling.max_new_tokens`. The logprobs are those of the distribution that
+        was drawn from, filters included.
     """
     apply = partial(model.apply, {"params": params})
-    batch, prompt_length = prompts.tokens.shape
+    asked, prompt_length = prompts.tokens.shape
     num_new = sampling.max_new_tokens
-    length = prompt_length + num_new
+    batch, length = asked * responses_per_prompt, prompt_length + num_new
+
+    visible = jnp.pad(causal_mask(prompts.mask), ((0, 0), (0, 0), (0, num_new)))
+    empty = empty_cache(model.config, asked, length)
+    hidden, cache = apply(prompts.tokens, positions_of(prompts.mask), visible, empty, method="trunk")
+    prompts, hidden, cache = jax.tree.map(
+        lambda x: jnp.repeat(x, responses_per_prompt, axis=0), (prompts, hidden[:, -1], cache)
+    )
     prompt_sizes = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     if jax.default_backend() == "cpu":
         params = {name: by_output(part) if name == "decoder" else part for name, part in params.items()}
@@ -261,20 +270,12 @@ def generate(
         hidden, cache = apply_step(newest, positions, visible[:, None], at.cache, slot, method="trunk")
         return emit(hidden[:, 0], at._replace(cache=cache))
 
-    visible = jnp.pad(causal_mask(prompts.mask), ((0, 0), (0, 0), (0, num_new)))
-    hidden, cache = apply(
-        prompts.tokens,
-        positions_of(prompts.mask),
-        visible,
-        empty_cache(model.config, batch, length),
-        method="trunk",
-    )
     start = Rollout(
         tokens=jnp.pad(prompts.tokens, ((0, 0), (0, num_new)), constant_values=sampling.pad_id),
         mask=jnp.pad(prompts.mask, ((0, 0), (0, num_new))),
         logprobs=jnp.zeros((batch, num_new)),
         values=jnp.zeros((batch, num_new)),
     )
-    first = emit(hidden[:, -1], _Decoding(jnp.int32(0), jnp.ones(batch, bool), cache, start))
+    first = emit(hidden, _Decoding(jnp.int32(0), jnp.ones(batch, bool), cache, start))
     last = jax.lax.while_loop(lambda at: (at.t < num_new) & jnp.any(at.alive), decode, first)
     return last.rollout

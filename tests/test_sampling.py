@@ -368,6 +368,26 @@ def test_one_trace_serves_every_prompt_and_key_and_equal_keys_give_equal_rollout
     act(random_params(rng, LLAMA), other, jax.random.clone(second))
 
 
+def test_responses_to_one_prompt_share_its_prefill(rng, key):
+    each, prompts = 3, left_padded(rng, SIZES, 5)
+    params, sampling = random_params(rng, LLAMA), SAMPLINGS["cold"]
+
+    def act(params, prompts, key):
+        return generate(ActorCritic(LLAMA), params, prompts, key, sampling, responses_per_prompt=each)
+
+    repeated = jax.tree.map(lambda x: np.repeat(x, each, axis=0), prompts)
+    alone = sampled(LLAMA, sampling)(params, repeated, jax.random.clone(key))
+    rollout = jax.jit(act)(params, prompts, jax.random.clone(key))
+    np.testing.assert_array_equal(rollout.tokens, alone.tokens)
+    np.testing.assert_array_equal(rollout.mask, alone.mask)
+    np.testing.assert_allclose(rollout.logprobs, alone.logprobs, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(rollout.values, alone.values, rtol=0, atol=TOLERANCE)
+
+    program = str(jax.make_jaxpr(act)(params, prompts, key))  # the residual stream of the prompts
+    assert f"f32[{len(SIZES)},5,{LLAMA.width}]" in program
+    assert f"f32[{each * len(SIZES)},5,{LLAMA.width}]" not in program
+
+
 def test_more_tokens_than_positions_are_refused(rng, key):
     config = dataclasses.replace(GPT2, max_positions=14)
     params, prompts = random_params(rng, config), left_padded(rng, SIZES, 5)
