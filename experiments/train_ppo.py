@@ -49,12 +49,35 @@ class Turn(NamedTuple):
     scores: Scores
 
 
-def iterate(setup: Setup, state: TrainState, number: int) -> tuple[TrainState, Turn]:
-    """One PPO iteration, as one program, or as two around a reward on the host."""
-    config, step, clock = setup.settings.ppo, setup.step, _Stopwatch()
+class Stopwatch:
+    """Where the time of an iteration goes: in `time/generate_s`, `score_s` and `learn_s`, or all three in `program_s`;
+    in `gold_s`; and in `host_s`, from the end of the last iteration to the start of the program: writing, showing and
+    saving what it left, and gathering the next prompts. Their sum is `iteration_s`, and over a run its wall time.
+    """
+
+    def __init__(self) -> None:
+        """Starts it."""
+        self._laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap, in seconds, goes by this name."""
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def take(self) -> dict[str, float]:
+        """The laps since this was called last."""
+        laps, self._laps = self._laps, {}
+        return laps
+
+
+def iterate(setup: Setup, state: TrainState, number: int, clock: Stopwatch) -> tuple[TrainState, Turn]:
+    """One PPO iteration, as one program, or as two around a reward on the host. `clock` goes on since the last one."""
+    config, step = setup.settings.ppo, setup.step
     rows = rows_of(setup, number)
     batch = batch_of(setup, setup.prompts, rows_of(setup, number + config.stale_iterations))
     texts = texts_to_learn(setup, number)
+    clock.lap("time/host_s")
     if step.iterate:
         state, metrics, experience, scores = step.iterate(state, setup.ref_params, batch, setup.judges.params, texts)
     else:
@@ -72,9 +95,10 @@ def iterate(setup: Setup, state: TrainState, number: int) -> tuple[TrainState, T
         gold = judge_on_host(setup.gold, setup.prompts, each, texts_of(setup, experience))
         metrics["objective/gold"] = float(gold.mean())
         clock.lap("time/gold_s")
-    seconds = sum(clock.laps.values())
+    laps = clock.take()
+    seconds = sum(laps.values())
     metrics["optim/lr"] = float(setup.schedule((number + 1) * config.updates_per_iteration - 1))
-    metrics |= clock.laps | {
+    metrics |= laps | {
         "time/iteration_s": seconds,
         "time/tokens_per_s": metrics["objective/length"] * config.batch_size / seconds,
     }
@@ -96,16 +120,6 @@ def texts_to_learn(setup: Setup, number: int) -> Examples | None:
     rows = batch_indices(len(texts.tokens), settings.ptx_batch_size, number, settings.seed)
     examples = Examples(texts.tokens[rows], texts.segments[rows], texts.target_mask[rows])
     return jax.device_put(examples, setup.shardings.batch)
-
-
-class _Stopwatch:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
 
 
 def begin(setup: Setup, state: TrainState) -> TrainState:
@@ -163,8 +177,9 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     stopped = False
     with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
         announce(setup, reporter, done)
+        clock = Stopwatch()
         while done < total and not stopped:
-            state, turn = iterate(setup, state, done)
+            state, turn = iterate(setup, state, done, clock)
             watch(setup, state, turn, workdir, reporter)
             writers.write(done, turn.metrics)
             reporter.update(done, turn.metrics)

@@ -16,16 +16,21 @@ class CheckpointError(InputError):
 class Checkpointer:
     """Saves train states by step, keeps the newest few, and finds the newest again.
 
-    A save is durable when `save` returns: it is written beside the others and renamed, so that a kill at any moment
-    leaves the earlier steps whole and this one absent.
+    A save is written beside the others and renamed, so that a kill at any moment leaves the earlier steps whole and
+    this one absent. On a GPU or TPU `save` returns when the state is on the host, and it is durable when any other
+    method returns; on a CPU it is durable when `save` returns: what writes and what trains would share the cores, and
+    the next train step could not reuse the memory of the state.
     """
 
     def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:
         """Opens a folder, and makes it if need be; what an interrupted save left there is removed."""
         import orbax.checkpoint as ocp  # slow to import
 
+        self._in_background = jax.default_backend() != "cpu"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=max_to_keep,
+            enable_async_checkpointing=self._in_background,
+            cleanup_tmp_directories=True,
         )
         self._args = ocp.args
         # The handler is named, so that a new process can read the tree of what an earlier one saved.
@@ -37,10 +42,12 @@ class Checkpointer:
         step = int(state.step)
         if step not in self._manager.all_steps():
             self._manager.save(step, args=self._args.StandardSave(_to_tree(state)))
-            self._manager.wait_until_finished()
+            if not self._in_background:
+                self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
         """The newest saved step, None when there is none."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def restore(self, like: TrainState, before: int | None = None) -> TrainState:
@@ -53,6 +60,7 @@ class Checkpointer:
         Raises:
             CheckpointError: nothing is saved, or an array is missing, left over, or of another shape or dtype.
         """
+        self._manager.wait_until_finished()
         step = max((step for step in self._manager.all_steps() if before is None or step < before), default=None)
         if step is None:
             raise CheckpointError(f"checkpoint: nothing is saved in {self._manager.directory}")
@@ -62,7 +70,7 @@ class Checkpointer:
         return _from_tree(self._manager.restore(step, args=self._args.StandardRestore(abstract)), like)
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
+        """Waits for the last save, and ends Orbax's threads."""
         self._manager.close()
 
 

@@ -55,18 +55,23 @@ def make_state(seed: int, step: int = 3, dtype=jnp.float32, config=None, impl: s
     return TrainState(jnp.int32(step), params, opt_state, jax.random.key(seed, impl=impl), carried, **rest)
 
 
-@pytest.fixture
-def open_folder(tmp_path):
-    """Opens the checkpoints of the test, and closes them again."""
+@pytest.fixture(params=["cpu", "gpu"])  # a save in the foreground, and one in the background
+def open_folder(tmp_path, request, monkeypatch):
+    """Opens the checkpoints of the test, and closes them again: at its end, or before they are opened once more."""
     opened = []
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+    def close() -> None:
+        while opened:
+            opened.pop().close()
 
     def open_it(**options) -> Checkpointer:
+        close()
         opened.append(Checkpointer(tmp_path / "checkpoints", **options))
         return opened[-1]
 
     yield open_it
-    for checkpoints in opened:
-        checkpoints.close()
+    close()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
@@ -115,11 +120,23 @@ def test_one_can_be_enough_and_more_can_be_kept(open_folder, tmp_path):
     checkpoints = open_folder(max_to_keep=1)
     for step in (1, 2):
         checkpoints.save(make_state(1, step))
+    assert checkpoints.latest_step() == 2
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
     checkpoints = open_folder(max_to_keep=3)  # a restart may change it
     for step in (3, 4, 5):
         checkpoints.save(make_state(1, step))
+    assert checkpoints.latest_step() == 5
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4", "5"]
+
+
+def test_a_saved_state_may_be_donated_at_once(open_folder, seed):
+    """What is written in the background is the state as it was."""
+    state = make_state(seed)
+    before = folders.bits(state)
+    checkpoints = open_folder()
+    checkpoints.save(state)
+    jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)(state)
+    assert folders.bits(checkpoints.restore(make_state(seed + 1))) == before
 
 
 def test_an_older_state_can_be_asked_for(open_folder):

@@ -113,6 +113,9 @@ def check_metrics(rows: list[dict], names: set[str]) -> None:
         assert row["optim/lr"] == pytest.approx(0.01)
         assert 1 <= row["objective/length"] <= 6
         assert row["time/tokens_per_s"] == pytest.approx(row["objective/length"] * 8 / row["time/iteration_s"])
+        parts = {x for x in row if x.startswith("time/")} - {"time/iteration_s", "time/tokens_per_s"}
+        assert "time/host_s" in parts
+        assert sum(row[part] for part in parts) == pytest.approx(row["time/iteration_s"])
     assert abs(rows[0]["objective/kl"]) < 1e-4  # the policy starts as the reference
     assert all(abs(row["objective/kl"]) > 1e-3 for row in rows[1:])
     assert rows[0]["objective/reward"] == pytest.approx(rows[0]["objective/score"], abs=1e-4)

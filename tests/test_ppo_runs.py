@@ -278,3 +278,16 @@ def test_scores_in_units_of_the_reference_and_a_policy_that_acts_ahead(world, ru
     assert dev[0] <= 1e-4
     assert min(dev[1:]) > 1e-3
     assert len(done.state.pending) == 1
+
+
+def test_no_second_of_a_run_is_outside_its_iterations(monkeypatch):
+    """What happens between two iterations counts to the second."""
+    now = iter([10.0, 11.0, 14.0, 20.0, 20.5])
+    monkeypatch.setattr(train_ppo, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = train_ppo.Stopwatch()
+    clock.lap("time/host_s")
+    clock.lap("time/program_s")
+    assert clock.take() == {"time/host_s": 1.0, "time/program_s": 3.0}
+    clock.lap("time/host_s")  # six seconds later: a checkpoint, say
+    clock.lap("time/program_s")
+    assert clock.take() == {"time/host_s": 6.0, "time/program_s": 0.5}
