@@ -15,9 +15,10 @@ from ppo_jax.kl import kl_estimate, kl_shaped_rewards
 from ppo_jax.losses import importance_weights
 from ppo_jax.models import ActorCritic, Decoder
 from ppo_jax.numerics import explained_variance, masked_mean, masked_std, masked_whiten, standard_error
-from ppo_jax.policy import by_minibatch, response_hidden, response_kl, response_logprobs, response_values
+from ppo_jax.policy import response_hidden, response_kl, response_logprobs, response_values
 from ppo_jax.sampling import SamplingConfig, ends_response
 from ppo_jax.shaping import Moments, add_batch, batch_moments, length_penalties, scale_scores
+from ppo_jax.sharding import by_minibatch
 from ppo_jax.types import Experience, Metrics, Params, Rollout, Running, Scores
 
 

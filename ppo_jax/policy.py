@@ -6,7 +6,6 @@ from the reference, which is the base as well; see `policy_params`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ from ppo_jax.config import PPOConfig
 from ppo_jax.models import ActorCritic, Decoder, causal_mask, overlay, positions_of, run_trunk
 from ppo_jax.numerics import chunked_kl, chunked_logprobs_and_entropy
 from ppo_jax.sampling import SamplingConfig, generate, policy_logits
-from ppo_jax.sharding import minibatches
+from ppo_jax.sharding import by_minibatch
 from ppo_jax.types import Params, Prompts, Rollout
-
-Tree = TypeVar("Tree")
 
 
 def policy_sampling(
@@ -45,12 +42,6 @@ def policy_params(params: Params, ref_params: Params) -> Params:
         ref_params: the reference's decoder, which is also the base.
     """
     return params | {"decoder": overlay(ref_params, params["decoder"])}
-
-
-def by_minibatch(function: Callable[[Rollout], Tree], rollout: Rollout, num: int) -> Tree:
-    """A function of a rollout to arrays `[B, ...]`, a part at a time: acting needs no more memory than learning."""
-    parts = jax.lax.map(function, minibatches(rollout, num))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)  # the rows back in their places
 
 
 def response_hidden(model: ActorCritic | Decoder, params: Params, rollout: Rollout) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.stages import Wrapped
 from ppo_jax.errors import InputError
 from ppo_jax.types import Params, TrainState
 
-Tree = TypeVar("Tree")
+Tree, Batch = TypeVar("Tree"), TypeVar("Batch")
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -113,6 +113,12 @@ def make_place(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
 def minibatches(batch: Tree, num: int) -> Tree:
     """`[B, ...]` to `[num, B / num, ...]` in every leaf; part i has rows i, i + num, ..., so some of every device's."""
     return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def by_minibatch(function: Callable[[Batch], Tree], batch: Batch, num: int) -> Tree:
+    """A function of a batch to arrays `[B, ...]`, a part at a time: acting needs no more memory than learning."""
+    parts = jax.lax.map(function, minibatches(batch, num))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)  # the rows back in their places
 
 
 def make_shardings(mesh: Mesh, state: TrainState, judge_params: Params = (), ref_params: Params = None) -> Shardings:

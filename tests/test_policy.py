@@ -25,13 +25,12 @@ from small import (
     loss_of,
     policy_logprobs,
     random_params,
-    random_rollout,
 )
 
 from experiments.methods import resolve
 from ppo_jax import policy
 from ppo_jax.models import ActorCritic, LoRAConfig, init_adapter, merge, overlay, upper_layers
-from ppo_jax.policy import act, by_minibatch, policy_params, policy_sampling, response_hidden, response_kl
+from ppo_jax.policy import act, policy_params, policy_sampling, response_hidden, response_kl
 from ppo_jax.sampling import SamplingConfig, generate
 from ppo_jax.types import Experience
 from ppo_jax.update import make_minibatch, ppo_loss
@@ -196,22 +195,6 @@ def test_every_setting_of_the_policy_changes_its_logprobs(rng, key):
 
 
 # Parts of a batch, and the divergence of whole distributions.
-
-
-def test_by_minibatch_gives_what_one_call_gives_row_by_row(rng):
-    rollout = random_rollout(rng, PROMPT_SIZES, (3,) * 6, P, R)
-    seen = []
-
-    def function(part):
-        seen.append(part.tokens.shape)
-        return {"rows": part.tokens[:, :2] * 3, "sums": jnp.sum(part.logprobs, axis=1), "nothing": None}
-
-    for num in (1, 2, 3, 6):
-        found = jax.jit(lambda rollout, num=num: by_minibatch(function, rollout, num))(rollout)
-        assert seen.pop() == (6 // num, P + R)
-        np.testing.assert_array_equal(found["rows"], np.asarray(rollout.tokens)[:, :2] * 3)
-        np.testing.assert_allclose(found["sums"], np.sum(rollout.logprobs, axis=1), rtol=1e-5)
-        assert found["nothing"] is None
 
 
 @pytest.mark.parametrize("sampling", [COLD, ROTARY_HOT], ids=["cold", "forbidden tokens"])

@@ -18,7 +18,7 @@ from ppo_jax import hub
 from ppo_jax.errors import InputError
 from ppo_jax.metrics import read_jsonl
 from ppo_jax.models import Decoder, ModelConfig, causal_mask, positions_of
-from ppo_jax.rewards import call_reward, check_score, load_critic, load_host_reward, load_reward
+from ppo_jax.rewards import call_reward, check_score, load_critic, load_host_reward, load_reward, model
 from ppo_jax.rewards.model import load_scorer, make_model_score, make_text_score, with_eos
 from ppo_jax.sharding import make_mesh, param_shardings
 from ppo_jax.tokenizers import SpecialTokens, decode_responses, encode_prompt, load_tokenizer, special_tokens
@@ -131,6 +131,20 @@ def test_the_score_of_a_rollout_is_that_of_its_texts_alone(rng, family):
     assert scores.dtype == jnp.float32
     texts = [[*prompt, *response] if response[-1] == EOS else [*prompt, *response, EOS] for prompt, response in rows]
     np.testing.assert_allclose(scores, by_hand(config, params, texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(6, 3), (8, 4), (7, 1), (3, 1), (2, 1)])
+def test_many_rollouts_are_read_a_part_at_a_time(rng, monkeypatch, rows, parts):
+    """Of two rows at most a device, where their number can be divided so."""
+    monkeypatch.setattr(model, "_ROWS", 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = folders.llama_config(26, tie_embeddings=True)
+    params, texts = reward_params(config, int(rng.integers(2**31))), random_rows(rng, rows)
+    score, rollout = make_model_score(config, SpecialTokens(PAD, (EOS,))), rollout_of(texts)
+    whole = [[*prompt, *response] if response[-1] == EOS else [*prompt, *response, EOS] for prompt, response in texts]
+    np.testing.assert_allclose(score(params, rollout), by_hand(config, params, whole), atol=1e-5)
+    program = str(jax.make_jaxpr(score)(params, rollout))
+    assert f"f32[{rows // parts},{rollout.tokens.shape[1] + 1},{config.width}]" in program
 
 
 def test_where_pad_is_eos_the_score_is_read_before_it(rng):

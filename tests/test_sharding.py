@@ -28,7 +28,7 @@ from ppo_jax.errors import InputError
 from ppo_jax.models import ActorCritic, LoRAConfig, init_adapter, overlay
 from ppo_jax.optim import make_optimizer, make_schedule
 from ppo_jax.ppo import init_state
-from ppo_jax.sharding import RULES, make_mesh, make_shardings, param_shardings
+from ppo_jax.sharding import RULES, by_minibatch, make_mesh, make_shardings, param_shardings
 from ppo_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
@@ -279,3 +279,19 @@ def test_eight_devices_train_as_one_does_with_all_that_can_be_added():
     for name, leaf in named(split_state).items():
         assert leaf.sharding == named(bench.shardings.state)[name], name
     assert split_state.params.keys() == {"decoder"}
+
+
+def test_by_minibatch_gives_what_one_call_gives_row_by_row(rng):
+    rollout = random_rollout(rng, (5, 1, 3, 4, 2, 5), (3,) * 6, 5, 7)
+    seen = []
+
+    def function(part):
+        seen.append(part.tokens.shape)
+        return {"rows": part.tokens[:, :2] * 3, "sums": jnp.sum(part.logprobs, axis=1), "nothing": None}
+
+    for num in (1, 2, 3, 6):
+        found = jax.jit(lambda rollout, num=num: by_minibatch(function, rollout, num))(rollout)
+        assert seen.pop() == (6 // num, 12)
+        np.testing.assert_array_equal(found["rows"], np.asarray(rollout.tokens)[:, :2] * 3)
+        np.testing.assert_allclose(found["sums"], np.sum(rollout.logprobs, axis=1), rtol=1e-5)
+        assert found["nothing"] is None

@@ -19,6 +19,7 @@ from ppo_jax import hub
 from ppo_jax.data import pad
 from ppo_jax.models import ModelConfig, RewardModel
 from ppo_jax.rewards.host import HostReward
+from ppo_jax.sharding import by_minibatch
 from ppo_jax.tokenizers import SpecialTokens, encode_text, load_tokenizer, special_tokens
 from ppo_jax.types import Params, Rollout
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LENGTH_STEP = 32  # texts are padded to a multiple of this, so that few programs are compiled
-_ROWS = 32  # texts in one call
+_ROWS = 32  # texts in one pass, on each device
 
 
 def make_model_score(config: ModelConfig, special: SpecialTokens) -> Callable[[Params, Rollout], jax.Array]:
@@ -42,7 +43,12 @@ def make_model_score(config: ModelConfig, special: SpecialTokens) -> Callable[[P
     model = RewardModel(config)
 
     def score(params: Params, rollout: Rollout) -> jax.Array:
-        return model.apply({"params": params}, *with_eos(rollout, special), special.pad_id)
+        def of(part: Rollout) -> jax.Array:
+            return model.apply({"params": params}, *with_eos(part, special), special.pad_id)
+
+        rows = len(rollout.tokens)
+        most = -(-rows // (_ROWS * jax.device_count()))
+        return by_minibatch(of, rollout, max(num for num in range(1, most + 1) if rows % num == 0))
 
     return score
 
