@@ -242,3 +242,24 @@ def _by_chunk(block: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk_si
     positions = jnp.arange(num_chunks * chunk_size).reshape(num_chunks, chunk_size)
     _, results = jax.lax.scan(step, None, (positions, *map(split, arrays)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], results)
+
+
+def with_its_gradient(loss: Callable[[Any, Any], tuple[jax.Array, Any]]) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
+    """The same loss, whose gradient is computed together with its value: when what follows it runs, nothing of its
+    forward pass is kept but the gradient. For a loss that is a term of another, with parameters of its own.
+
+    Args:
+        loss: (parameters, data) to (a number `[]`, what else it says). A gradient flows to the parameters alone, and
+            through the number alone.
+    """
+
+    def forward(params: Any, data: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        told, gradient = jax.value_and_grad(loss, has_aux=True)(params, data)
+        return jax.lax.optimization_barrier((told, gradient))
+
+    def backward(gradient: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        return jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, gradient), None
+
+    function = jax.custom_vjp(loss)
+    function.defvjp(forward, backward)
+    return function

@@ -94,14 +94,14 @@ def _projection(
     return project
 
 
-def response_values(model: ActorCritic, params: Params, hidden: jax.Array, rollout: Rollout) -> jax.Array:
+def response_values(model: ActorCritic, params: Params, hidden: jax.Array | None, rollout: Rollout) -> jax.Array:
     """Value of the state before each response token, `[B, R]` float32.
 
     Args:
         model: the actor-critic.
         params: of the whole of it. A critic with a trunk of its own (`params["critic"]`) has the policy's shape and no
             vocabulary projection.
-        hidden: `[B, R, D]`, the policy's trunk, which a critic without one reads.
+        hidden: `[B, R, D]`, the policy's trunk, which a critic without one reads, and no other.
         rollout: B responses.
     """
     if "critic" in params:
@@ -132,7 +132,7 @@ def act(
         return rollout
 
     def values(part: Rollout) -> jax.Array:
-        return response_values(model, params, jnp.zeros(()), part)
+        return response_values(model, params, None, part)
 
     values_of = by_minibatch(values, rollout, config.num_minibatches * config.accumulation)
     return rollout.replace(values=jnp.where(rollout.response_mask, values_of, 0.0))

@@ -1,6 +1,7 @@
 """From experience to new parameters: epochs over minibatches, each one gradient step on the loss of PPO."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,7 +13,7 @@ from ppo_jax.experience import Method, token_kl
 from ppo_jax.guard import broken_leaves, is_broken
 from ppo_jax.losses import aggregation_weights, ratio_metrics
 from ppo_jax.models import ActorCritic, load_balance
-from ppo_jax.numerics import masked_whiten
+from ppo_jax.numerics import masked_whiten, with_its_gradient
 from ppo_jax.optim import noise_scale
 from ppo_jax.policy import policy_params, response_kl, response_logprobs, response_trunk, response_values
 from ppo_jax.sampling import SamplingConfig
@@ -75,6 +76,12 @@ def ppo_loss(
     """
     config, data, mask = method.config, batch.experience, batch.experience.response_mask
     params = policy_params(params, ref_params)
+    of_critic = partial(critic_terms, model=model, method=method)
+    values, value_loss, value_metrics = None, jnp.zeros(()), {}
+    if "critic" in params:  # it has its turn first, forward and backward: two trunks need the memory of one
+        own = {name: params[name] for name in ("critic", "value_head")}
+        value_loss, (values, value_metrics) = with_its_gradient(of_critic)(own, batch)
+        value_loss, data = jax.lax.optimization_barrier((value_loss, data))
     hidden, routed = response_trunk(model, params, data)
     logprobs, entropy = response_logprobs(model, params, hidden, data, sampling)
 
@@ -93,13 +100,20 @@ def ppo_loss(
         loss += config.ptx_coef * metrics["policy/ptx_loss"]
     if routed:
         metrics["router/load_balance"] = load_balance(routed, model.config.experts_per_token, data.mask)
-    values = None
-    if method.critic:
-        values = response_values(model, params, hidden, data)
-        value_loss, value_metrics = value_terms(values, batch, mask, method)
-        loss += value_loss
-        metrics |= value_metrics
-    return loss, metrics | broken_flags(logprobs, values, loss, mask)
+    if method.critic and "critic" not in params:
+        value_loss, (values, value_metrics) = of_critic(params, batch, hidden)
+    loss += value_loss
+    return loss, metrics | value_metrics | broken_flags(logprobs, values, loss, mask)
+
+
+def critic_terms(
+    params: Params, batch: Minibatch, hidden: jax.Array | None = None, *, model: ActorCritic, method: Method
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """What the critic adds to the loss; (`[]`, (its values `[B, R]`, `value/*` metrics)). See `response_values`."""
+    data = batch.experience
+    values = response_values(model, params, hidden, data)
+    loss, metrics = value_terms(values, batch, data.response_mask, method)
+    return loss, (values, metrics)
 
 
 def policy_terms(

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -878,3 +879,29 @@ def test_chunked_divergence_refuses_states_of_other_positions(rng):
     for wrong in (ref_hidden[:, :-1], ref_hidden[:-1]):
         with pytest.raises(AssertionError):
             chunked_kl(policy, (wrong, *ref_head), 3)
+
+
+def test_a_loss_with_its_gradient_keeps_nothing_else(rng):
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 5)), ("b", (5,)))}
+    x, scale = rng.normal(size=(7, 3)).astype(np.float32), np.float32(rng.normal())
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ params["a"])
+        return jnp.mean((hidden @ params["b"]) ** 2), {"hidden": hidden}
+
+    def whole(loss, params):
+        value, told = loss(params, x)
+        return scale * value + jnp.sum(params["b"]), told
+
+    plain, early = (
+        jax.value_and_grad(functools.partial(whole, f), has_aux=True) for f in (loss, numerics.with_its_gradient(loss))
+    )
+    chex.assert_trees_all_close(jax.jit(early)(params), jax.jit(plain)(params), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(numerics.with_its_gradient(loss)(params, x), loss(params, x), rtol=1e-6)
+
+    def kept(loss):
+        backward = jax.vjp(lambda params: loss(params, x)[0], params)[1]
+        return sorted(leaf.shape for leaf in jax.tree.leaves(backward))
+
+    assert kept(numerics.with_its_gradient(loss)) == [(3, 5), (5,)]
+    assert (7, 5) in kept(loss)
