@@ -611,7 +611,7 @@ def test_matrices_by_output_give_the_same_logits(variant, rng):
     params = random_params(rng, config)
     turned = by_output(params)
     names = {str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(turned)}
-    assert "kernel_by_output" in names
+    assert "by_output" in names
     assert "kernel" not in names
     tokens, mask = left_padded(rng, config)
     same = logits_of(config, turned, tokens, mask)

@@ -20,7 +20,7 @@ from ppo_jax.errors import InputError
 from ppo_jax.models import rope
 from ppo_jax.models.attention import attend, softcap
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layers import MLP, PRODUCT, Experts, Norm, Projection, residual_std
+from ppo_jax.models.layers import BY_OUTPUT, MLP, PRODUCT, Experts, Norm, Projection, product_by_output, residual_std
 from ppo_jax.models.masks import causal_mask, positions_of, within_window
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -213,7 +213,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Vocabulary projection: `[..., D]` to `[..., V]` float32."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.embed.has_variable("params", BY_OUTPUT):
+            embedding = self.embed.get_variable("params", BY_OUTPUT)
+            logits = product_by_output(embedding.astype(self.config.dtype), hidden)
+        elif self.config.tie_embeddings:
             embedding = self.embed.embedding.astype(self.config.dtype)
             logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
         else:
