@@ -72,7 +72,7 @@ def by_output(params: Params) -> dict[str, Any]:
 
 
 def product_by_output(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """`[features, in]` and `[..., in]` to `[..., features]` float32: a product by output, turned afterwards. On a CPU it
+    """`[features, in]` and `[..., in]` to `[..., features]` float32: made by output, and turned afterwards. On a CPU it
     is the fastest for few tokens.
 
     XLA would turn the operands instead, which takes 1.2 to 2.4 times as long (16 tokens, 384 x 1536 to 50257 x 768,
