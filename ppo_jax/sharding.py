@@ -18,7 +18,8 @@ from jax.stages import Wrapped
 from ppo_jax.errors import InputError
 from ppo_jax.types import Params, TrainState
 
-Tree, Batch = TypeVar("Tree"), TypeVar("Batch")
+Tree = TypeVar("Tree")
+Batch = TypeVar("Batch")
 
 AXES = ("data", "fsdp", "tensor")
 
