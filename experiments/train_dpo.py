@@ -207,7 +207,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         return json.loads((workdir / "results.json").read_text())
     reference = read_heldout(setup, setup.ref_params)
     writers = make_writers(workdir, tracker_names(settings.trackers), config, workdir.name, start_step=start)
-    with writers, Reporter(total, start, COLUMNS, label="step") as reporter:
+    with checkpoints, writers, Reporter(total, start, COLUMNS, label="step") as reporter:
         announce(setup, reporter, start)
         began = time.perf_counter(), start
         for number in range(start, total):
@@ -230,7 +230,6 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 reporter.update(number, row)
             if saves:
                 checkpoints.save(state)
-    checkpoints.close()
     return finish(setup, state, reference, workdir)
 
 

@@ -51,8 +51,9 @@ class Turn(NamedTuple):
 
 class Stopwatch:
     """Where the time of an iteration goes: in `time/generate_s`, `score_s` and `learn_s`, or all three in `program_s`;
-    in `gold_s`; and in `host_s`, from the end of the last iteration to the start of the program: writing, showing and
-    saving what it left, and gathering the next prompts. Their sum is `iteration_s`, and over a run its wall time.
+    in `gold_s`; and in `host_s`, from the metrics of the last iteration to the start of the program: writing, showing
+    and saving what it left, and gathering the next prompts. Their sum is `iteration_s`: between two iterations no time
+    is lost.
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class Stopwatch:
     def lap(self, name: str) -> None:
         """What has passed since the last lap, in seconds, goes by this name."""
         now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
+        self._laps[name], self._last = self._laps.get(name, 0.0) + now - self._last, now
 
     def take(self) -> dict[str, float]:
         """The laps since this was called last."""
@@ -71,9 +72,9 @@ class Stopwatch:
         return laps
 
 
-def iterate(setup: Setup, state: TrainState, number: int, clock: Stopwatch) -> tuple[TrainState, Turn]:
+def iterate(setup: Setup, state: TrainState, number: int, clock: Stopwatch | None = None) -> tuple[TrainState, Turn]:
     """One PPO iteration, as one program, or as two around a reward on the host. `clock` goes on since the last one."""
-    config, step = setup.settings.ppo, setup.step
+    config, step, clock = setup.settings.ppo, setup.step, clock or Stopwatch()
     rows = rows_of(setup, number)
     batch = batch_of(setup, setup.prompts, rows_of(setup, number + config.stale_iterations))
     texts = texts_to_learn(setup, number)
@@ -175,7 +176,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, config, workdir.name, start_step=done)
     stopped = False
-    with writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
+    with checkpoints, writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
         announce(setup, reporter, done)
         clock = Stopwatch()
         while done < total and not stopped:
@@ -193,7 +194,6 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         if stopped:  # the policy that acted in the last iteration was above the limit already, and may have been saved
             state = checkpoints.restore(state, before=done - 1)
             reporter.print(f"stopped: the KL is above {settings.kl_limit:g} nats; back to iteration {int(state.step)}")
-    checkpoints.close()
     return finish(setup, state, workdir, reached, stopped)
 
 

@@ -231,7 +231,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         write_json(workdir / "normalization.json", before)
     trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
-    with writers, Reporter(total, start, REWARD_COLUMNS, label="step") as reporter:
+    with checkpoints, writers, Reporter(total, start, REWARD_COLUMNS, label="step") as reporter:
         announce(setup, reporter, start)
         began = time.perf_counter(), start
         for number in range(start, total):
@@ -253,7 +253,6 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 reporter.update(number, row)
             if saves:
                 checkpoints.save(state)
-    checkpoints.close()
     return finish(setup, state, workdir, samples)
 
 

@@ -194,7 +194,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     if (saved := finished(workdir, done, total)) is not None:
         return saved
     writers = make_writers(workdir, tracker_names(settings.trackers), config, workdir.name, start_step=done)
-    with writers, Reporter(total, done, SFT_COLUMNS, label="step") as reporter:
+    with checkpoints, writers, Reporter(total, done, SFT_COLUMNS, label="step") as reporter:
         announce(setup, reporter, done)
         losses = logged_losses(workdir)
         keep_best(settings, workdir, state, losses)  # a kill may have come between the two checkpoints of a step
@@ -223,11 +223,12 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
             reporter.update(done - 1, row)
             if saves or (settings.patience and evaluates):
                 checkpoints.save(state)
+                if settings.patience:
+                    checkpoints.wait()
                 keep_best(settings, workdir, state, losses)
             began, tokens = time.perf_counter(), 0
         if done < total:
             reporter.print(f"stopped: the held-out loss was lowest after step {lowest(losses)} of {done}")
-    checkpoints.close()
     return finish(setup, state, workdir)
 
 

@@ -1,7 +1,7 @@
 """Train states on disk, with Orbax."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -17,19 +17,20 @@ class Checkpointer:
     """Saves train states by step, keeps the newest few, and finds the newest again.
 
     A save is written beside the others and renamed, so that a kill at any moment leaves the earlier steps whole and
-    this one absent. On a GPU or TPU `save` returns when the state is on the host, and it is durable when any other
-    method returns; on a CPU it is durable when `save` returns: what writes and what trains would share the cores, and
-    the next train step could not reuse the memory of the state.
+    this one absent. On a GPU or TPU `save` returns when the state is on the host, and it is durable after `wait`; on a
+    CPU it is durable when `save` returns: what writes and what trains would share the cores, and the next train step
+    could not reuse the memory of the state.
+
+    To be used in a `with`, which waits at its end.
     """
 
     def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:
         """Opens a folder, and makes it if need be; what an interrupted save left there is removed."""
         import orbax.checkpoint as ocp  # slow to import
 
-        self._in_background = jax.default_backend() != "cpu"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
-            enable_async_checkpointing=self._in_background,
+            enable_async_checkpointing=jax.default_backend() != "cpu",
             cleanup_tmp_directories=True,
         )
         self._args = ocp.args
@@ -42,12 +43,14 @@ class Checkpointer:
         step = int(state.step)
         if step not in self._manager.all_steps():
             self._manager.save(step, args=self._args.StandardSave(_to_tree(state)))
-            if not self._in_background:
-                self._manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Until what was saved is durable."""
+        self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
         """The newest saved step, None when there is none."""
-        self._manager.wait_until_finished()
+        self.wait()
         return self._manager.latest_step()
 
     def restore(self, like: TrainState, before: int | None = None) -> TrainState:
@@ -60,7 +63,7 @@ class Checkpointer:
         Raises:
             CheckpointError: nothing is saved, or an array is missing, left over, or of another shape or dtype.
         """
-        self._manager.wait_until_finished()
+        self.wait()
         step = max((step for step in self._manager.all_steps() if before is None or step < before), default=None)
         if step is None:
             raise CheckpointError(f"checkpoint: nothing is saved in {self._manager.directory}")
@@ -72,6 +75,14 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the last save, and ends Orbax's threads."""
         self._manager.close()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes it, also when something went wrong: what was saved before is kept."""
+        self.close()
 
 
 def free(state: TrainState) -> None:

@@ -74,14 +74,14 @@ def ppo_loss(
     Returns:
         (loss `[]`, `policy/*`, `value/*` and `router/*` metrics, and as `broken/*` what is not finite).
     """
-    config, data, mask = method.config, batch.experience, batch.experience.response_mask
     params = policy_params(params, ref_params)
     of_critic = partial(critic_terms, model=model, method=method)
     values, value_loss, value_metrics = None, jnp.zeros(()), {}
     if "critic" in params:  # it has its turn first, forward and backward: two trunks need the memory of one
         own = {name: params[name] for name in ("critic", "value_head")}
         value_loss, (values, value_metrics) = with_its_gradient(of_critic)(own, batch)
-        value_loss, data = jax.lax.optimization_barrier((value_loss, data))
+        _, batch = jax.lax.optimization_barrier((jax.lax.stop_gradient(value_loss), batch))
+    config, data, mask = method.config, batch.experience, batch.experience.response_mask
     hidden, routed = response_trunk(model, params, data)
     logprobs, entropy = response_logprobs(model, params, hidden, data, sampling)
 

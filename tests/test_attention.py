@@ -1,12 +1,16 @@
 """Attention: a NumPy loop as oracle, what nobody may look at, and where cuDNN's kernel takes it over."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.models import attention, causal_mask
 from ppo_jax.models.attention import attend, fits_cudnn
+from ppo_jax.sharding import make_mesh
 
 
 def inputs(rng, heads=6, kv_heads=2, length=5, slots=5, size=4):
@@ -58,7 +62,8 @@ def test_a_query_that_sees_nothing_gets_the_average(rng):
         ({"backend": "cpu"}, False),
         ({"backend": "tpu"}, False),
         ({"dtype": "float32"}, False),
-        ({"dtype": "float16"}, True),
+        ({"capability": "7.5"}, False),
+        ({"capability": "gfx942"}, False),  # of another make
         ({"length": 1}, False),  # a decode step
         ({"length": 3}, False),
         ({"slots": 7}, False),
@@ -66,14 +71,22 @@ def test_a_query_that_sees_nothing_gets_the_average(rng):
         ({"size": 128}, True),
         ({"size": 256}, False),
         ({"cap": 50.0}, False),
+        ({"tensor": 2}, True),
+        ({"tensor": 4}, False),  # of 6 heads
     ],
 )
 def test_cudnn_takes_what_it_can(monkeypatch, changed, fits):
-    case = {"backend": "gpu", "dtype": "bfloat16", "length": 4, "slots": 8, "size": 64, "cap": 0.0} | changed
+    case = {"backend": "gpu", "capability": "9.0", "tensor": 1, "dtype": "bfloat16"}
+    case |= {"length": 4, "slots": 8, "size": 64, "cap": 0.0} | changed
+    mesh = make_mesh(tensor=case["tensor"])
     monkeypatch.setattr(jax, "default_backend", lambda: case["backend"])
-    query = jax.ShapeDtypeStruct((2, case["length"], 6, case["size"]), case["dtype"])
-    key = jax.ShapeDtypeStruct((2, 2, case["slots"], case["size"]), case["dtype"])
-    assert fits_cudnn(query, key, case["cap"]) == fits
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=case["capability"])])
+    place = NamedSharding(mesh, PartitionSpec())
+    query = jax.ShapeDtypeStruct((2, case["length"], 6, case["size"]), case["dtype"], sharding=place)
+    key = jax.ShapeDtypeStruct((2, 2, case["slots"], case["size"]), case["dtype"], sharding=place)
+    found = []
+    jax.eval_shape(lambda query, key: found.append(fits_cudnn(query, key, case["cap"])), query, key)
+    assert found == [fits]
 
 
 def test_cudnn_is_asked_for_the_same(monkeypatch, rng):

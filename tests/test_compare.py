@@ -290,11 +290,11 @@ def test_an_interrupted_run_goes_on(world, tmp_path, capsys, monkeypatch):
     arguments += ["--config.base.checkpoint_every=1", "--config.base.num_iterations=3"]
     iterate, calls = train_ppo.iterate, []
 
-    def stopped(setup, state, number):
+    def stopped(setup, state, number, clock):
         calls.append(number)
         if calls == [0, 1]:
             raise KeyboardInterrupt
-        return iterate(setup, state, number)
+        return iterate(setup, state, number, clock)
 
     monkeypatch.setattr(train_ppo, "iterate", stopped)
     assert call_script(compare, CompareExperiment, arguments, capsys).status == 130

@@ -4,6 +4,8 @@ Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Gemma Team 
 (arXiv:2205.14135) for attention that never holds its scores, which is what cuDNN's kernel does.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,8 @@ def attend(
 
     Returns:
         `[B, T, N, H]`. A query that may look at nothing (padding) gets an average, never NaN.
+
+    JAX's rule for mapping cuDNN's kernel (`jax.vmap`) takes no mask that all heads share (0.10.2).
     """
     if fits_cudnn(query, key, cap):
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -42,11 +46,19 @@ def attend(
 
 
 def fits_cudnn(query: jax.Array, key: jax.Array, cap: float) -> bool:
-    """Whether attention is cuDNN's: on a GPU, of half-precision numbers, several queries at once, an even number of
-    queries and of slots, heads of a multiple of 8 up to 128, no soft cap. One query (a decode step) is a product and a
-    sum, for which plain XLA reads no more memory.
+    """Whether attention is cuDNN's: on an NVIDIA GPU, in bfloat16, of several queries at once, an even number of them
+    and of slots, heads of a multiple of 8 up to 128 and as many as the mesh's `tensor` axis divides, no soft cap. One
+    query (a decode step) is a product and a sum, for which plain XLA reads no more memory.
     """
     length, size, slots = query.shape[1], query.shape[3], key.shape[2]
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    even = length % 2 == 0 and slots % 2 == 0
-    return jax.default_backend() == "gpu" and half and length > 1 and even and size % 8 == 0 and size <= 128 and not cap
+    tensor = dict(jax.typeof(query).sharding.mesh.shape).get("tensor", 1)
+    whole = query.shape[2] % tensor == 0 and key.shape[1] % tensor == 0
+    even = length > 1 and length % 2 == 0 and slots % 2 == 0
+    fits = query.dtype == jnp.bfloat16 and even and whole and size % 8 == 0 and size <= 128 and not cap
+    return fits and _on_cuda()
+
+
+def _on_cuda() -> bool:
+    """Whether programs run on NVIDIA GPUs that cuDNN's kernel knows: from compute capability 8.0 on (Ampere)."""
+    capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8

@@ -59,7 +59,7 @@ BY_OUTPUT = "by_output"
 
 def by_output(params: Params) -> dict[str, Any]:
     """A decoder's parameters with the matrix of each `Projection` by output, `[features, in]`, and the embedding named
-    as one for the vocabulary's projection. They are copies, worth it once a rollout; see `product_by_output`.
+    as one for the vocabulary's projection. The matrices are copies, worth it once a rollout; see `product_by_output`.
 
     Args:
         params: nested dict of arrays. What has DoRA's magnitudes stays as it is: their norms are of columns.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LENGTH_STEP = 32  # texts are padded to a multiple of this, so that few programs are compiled
-_ROWS = 32  # texts in one pass, on each device
+_ROWS = 32  # texts in one pass, on each device; more where their number cannot be divided so
 
 
 def make_model_score(config: ModelConfig, special: SpecialTokens) -> Callable[[Params, Rollout], jax.Array]:
@@ -46,9 +46,10 @@ def make_model_score(config: ModelConfig, special: SpecialTokens) -> Callable[[P
         def of(part: Rollout) -> jax.Array:
             return model.apply({"params": params}, *with_eos(part, special), special.pad_id)
 
-        rows = len(rollout.tokens)
-        most = -(-rows // (_ROWS * jax.device_count()))
-        return by_minibatch(of, rollout, max(num for num in range(1, most + 1) if rows % num == 0))
+        rows, devices = len(rollout.tokens), jax.device_count()
+        most = -(-rows // (_ROWS * devices))
+        even = (num for num in range(1, most + 1) if rows % (num * devices) == 0)
+        return by_minibatch(of, rollout, max(even, default=1))
 
     return score
 
