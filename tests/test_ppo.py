@@ -198,7 +198,7 @@ def test_each_iteration_acts_with_a_key_of_its_own():
 
 
 def test_acting_and_learning_have_keys_of_their_own_in_every_iteration(monkeypatch):
-    def generate(model, params, prompts, key, sampling):
+    def generate(model, params, prompts, key, sampling, **more):
         return jax.random.key_data(key)
 
     def update(model, tx, state, ref_params, experience, texts, key, *rest):
