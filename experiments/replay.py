@@ -45,9 +45,8 @@ def load(workdir: Path, iteration: int) -> tuple[Setup, TrainState, Experience, 
         )
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     setup = prepare(from_config_dict(PPOExperiment, config))
-    checkpoint = Checkpointer(folder / "state", max_to_keep=1)
-    state = checkpoint.restore(setup.state)
-    checkpoint.close()
+    with Checkpointer(folder / "state", max_to_keep=1) as checkpoint:
+        state = checkpoint.restore(setup.state)
     with np.load(folder / "batch.npz") as arrays:
         fields = {name: jax.device_put(x, setup.shardings.batch) for name, x in arrays.items()}
     scores, parts = (

@@ -245,9 +245,8 @@ def keep_best(settings: SFTExperiment, workdir: Path, state: TrainState, losses:
     Only after its checkpoint: a restart from there finds in best/ what the losses up to there call the best.
     """
     if settings.patience and lowest(losses) == int(state.step):
-        best = Checkpointer(workdir / "best", max_to_keep=1)
-        best.save(state)
-        best.close()
+        with Checkpointer(workdir / "best", max_to_keep=1) as best:
+            best.save(state)
 
 
 def load_best(workdir: Path, like: TrainState, step: int | None) -> TrainState:
@@ -256,9 +255,8 @@ def load_best(workdir: Path, like: TrainState, step: int | None) -> TrainState:
     Raises:
         InputError: it is another one, or none.
     """
-    best = Checkpointer(workdir / "best", max_to_keep=1)
-    state = best.restore(like)
-    best.close()
+    with Checkpointer(workdir / "best", max_to_keep=1) as best:
+        state = best.restore(like)
     check(f"{workdir / 'best'}: step", int(state.step), int(state.step) == step, f"{step}, by metrics.jsonl")
     return state
 

@@ -147,9 +147,8 @@ def save_broken(workdir: Path, state: TrainState, experience: Experience, scores
     held = io.BytesIO()
     np.savez(held, **{name: np.asarray(x) for name, x in arrays.items() if x is not None})
     atomic_write(folder / "batch.npz", held.getvalue())
-    checkpoint = Checkpointer(folder / "state", max_to_keep=1)
-    checkpoint.save(state)
-    checkpoint.close()
+    with Checkpointer(folder / "state", max_to_keep=1) as checkpoint:
+        checkpoint.save(state)
     for old in sorted(path for path in folder.parent.iterdir() if path.is_dir())[:-most]:
         shutil.rmtree(old)
     return folder
