@@ -1,80 +1,118 @@
-"""Train states on disk, with Orbax."""
+"""Train states on disk: written by Orbax, made durable here.
 
+Orbax writes the arrays; a step counts once all its files, and a manifest with their digests, are forced to the disk and
+the folder has got its name (`ppo_jax/manifest.py`). Then, and only then, older steps go.
+"""
+
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
 from ppo_jax.errors import InputError
+from ppo_jax.manifest import DamagedError, commit, retire, verify
 from ppo_jax.types import TrainState
 
 
 class CheckpointError(InputError):
-    """A checkpoint that does not fit the run; the message names the first array that differs."""
+    """A checkpoint that does not fit the run, is damaged, or could not be saved; the message says which and why."""
 
 
 class Checkpointer:
-    """Saves train states by step, keeps the newest few, and finds the newest again.
+    """Saves train states by step, keeps the newest few, and finds the newest whole one again.
 
-    A save is written beside the others and renamed, so that a kill at any moment leaves the earlier steps whole and
-    this one absent. On a GPU or TPU `save` returns when the state is on the host, and it is durable after `wait`; on a
-    CPU it is durable when `save` returns: what writes and what trains would share the cores, and the next train step
-    could not reuse the memory of the state.
+    A kill or a power loss at any moment leaves the earlier steps whole and this one whole or absent; a bit that has
+    changed on the disk is noticed before anything is restored. On a GPU or TPU `save` returns when the state is on the
+    host, and it is durable after `wait`; on a CPU it is durable when `save` returns: what writes and what trains would
+    share the cores, and the next train step could not reuse the memory of the state.
 
-    To be used in a `with`, which waits at its end.
+    To be used in a `with`, which waits at its end. One process opens a folder at a time (`ppo_jax/lock.py`).
     """
 
     def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:
-        """Opens a folder, and makes it if need be; what an interrupted save left there is removed."""
+        """Opens a folder, and makes it if need be; what an interrupted save or removal left there is removed."""
         import orbax.checkpoint as ocp  # slow to import
 
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
-            enable_async_checkpointing=jax.default_backend() != "cpu",
-            cleanup_tmp_directories=True,
-        )
-        self._args = ocp.args
-        # The handler is named, so that a new process can read the tree of what an earlier one saved.
-        handler = ocp.StandardCheckpointHandler()
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler)
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        self._max_to_keep = max_to_keep
+        self._damaged: set[int] = set()  # found while looking for one to restore
+        self._orbax = ocp
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
 
     def save(self, state: TrainState) -> None:
-        """Saves under `state.step`; a step that is there already is left as it is."""
+        """Saves under `state.step`; a step that is there already is left as it is.
+
+        Raises:
+            CheckpointError: it could not be written, or the one before it; earlier steps are as they were.
+        """
+        self.wait()
         step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=self._args.StandardSave(_to_tree(state)))
+        if step in self._steps():
+            return
+        self._remove_leftovers()  # threads of Orbax may have gone on writing after a save that failed
+        tree = _to_tree(state)
+        if jax.default_backend() == "cpu":
+            self._write(step, tree)
+        else:
+            self._saving = self._thread.submit(self._write, step, jax.device_get(tree))
 
     def wait(self) -> None:
-        """Until what was saved is durable."""
-        self._manager.wait_until_finished()
+        """Until what was saved is durable.
+
+        Raises:
+            CheckpointError: it could not be written; earlier steps are as they were.
+        """
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
 
     def latest_step(self) -> int | None:
         """The newest saved step, None when there is none."""
         self.wait()
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
 
     def restore(self, like: TrainState, before: int | None = None) -> TrainState:
-        """The newest saved state, placed as `like` is.
+        """The newest saved state that is whole, placed as `like` is; those that are not are logged as warnings.
 
         Args:
             like: a state of the same shapes, dtypes and shardings, a fresh one say.
             before: only steps below this one count.
 
         Raises:
-            CheckpointError: nothing is saved, or an array is missing, left over, or of another shape or dtype.
+            CheckpointError: nothing is saved, or nothing is whole; or an array is missing, left over, or of another
+                shape or dtype.
         """
         self.wait()
-        step = max((step for step in self._manager.all_steps() if before is None or step < before), default=None)
-        if step is None:
-            raise CheckpointError(f"checkpoint: nothing is saved in {self._manager.directory}")
-        tree = _to_tree(like)
-        _check_same(self._manager.item_metadata(step), tree, f"{self._manager.directory}/{step}")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-        return _from_tree(self._manager.restore(step, args=self._args.StandardRestore(abstract)), like)
+        found = []
+        for step in sorted(self._steps() | self._damaged, reverse=True):
+            if before is not None and step >= before:
+                continue
+            try:
+                verify(self._path(step))
+            except DamagedError as error:
+                self._damaged.add(step)
+                found.append(str(error))
+                continue
+            for told in found:
+                logging.warning("damaged checkpoint: %s; going back to step %d", told, step)
+            return self._read(step, like)
+        if found:
+            raise CheckpointError(f"checkpoint: none in {self.folder} is whole: {'; '.join(found)}")
+        raise CheckpointError(f"checkpoint: nothing is saved in {self.folder}")
 
     def close(self) -> None:
-        """Waits for the last save, and ends Orbax's threads."""
-        self._manager.close()
+        """Waits for the last save, and ends its thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._remove_leftovers()
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -83,6 +121,53 @@ class Checkpointer:
     def __exit__(self, *error: object) -> None:
         """Closes it, also when something went wrong: what was saved before is kept."""
         self.close()
+
+    def _path(self, name: int | str) -> Path:
+        return self.folder / str(name)
+
+    def _steps(self) -> set[int]:
+        """What has a name, and has not been found to be damaged."""
+        return {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()} - self._damaged
+
+    def _remove_leftovers(self) -> None:
+        for pattern in (".*.new*", ".*.old"):
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _write(self, step: int, tree: dict[str, Any]) -> None:
+        written, target = self._path(f".{step}.new"), self._path(step)
+        try:
+            with self._opened() as orbax:
+                orbax.save(written, args=self._orbax.args.StandardSave(tree))
+            if target.exists():  # a damaged one
+                retire(target)
+            commit(written, target, {"step": step, "jax": jax.__version__, "orbax": self._orbax.__version__})
+        except Exception as error:  # of Orbax, TensorStore or the file system, each in its own way
+            self._remove_leftovers()  # or the disk stays full
+            size, free = sum(x.nbytes for x in jax.tree.leaves(tree)), shutil.disk_usage(self.folder).free
+            raise CheckpointError(
+                f"checkpoint: step {step} could not be saved in {self.folder}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}; it needs {size / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB; "
+                "earlier steps are as they were"
+            ) from error
+        self._damaged.discard(step)
+        for old in sorted(self._steps())[: -self._max_to_keep]:
+            try:
+                retire(self._path(old))
+            except OSError as error:  # it is tried again after the next save
+                logging.warning("old checkpoint: %s could not be removed: %s", self._path(old), error)
+
+    def _opened(self) -> Any:
+        """Orbax, anew each time: after an error it goes on telling it."""
+        return self._orbax.Checkpointer(self._orbax.StandardCheckpointHandler())
+
+    def _read(self, step: int, like: TrainState) -> TrainState:
+        tree = _to_tree(like)
+        path = self._path(step)
+        with self._opened() as orbax:
+            _check_same(orbax.metadata(path).item_metadata, tree, str(path))
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+            return _from_tree(orbax.restore(path, args=self._orbax.args.StandardRestore(abstract)), like)
 
 
 def free(state: TrainState) -> None:

@@ -40,6 +40,7 @@ collect_ignore = ["parity"] * TORCH_IS_MISSING + ["browser"] * BROWSER_IS_MISSIN
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="draw the random inputs of the run with this seed")
+    parser.addoption("--soak", action="store_true", help="ten times as many attempts in the tests that count them")
 
 
 def pytest_configure(config):
@@ -74,6 +75,12 @@ def pytest_runtest_makereport(item, call):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU (and JAX_PLATFORMS=cuda,cpu)")
+
+
+@pytest.fixture
+def times(request) -> int:
+    """How often a test that counts its attempts repeats them."""
+    return 10 if request.config.getoption("--soak") else 1
 
 
 @pytest.fixture
