@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.errors import InputError
+from ppo_jax.lock import NAME as LOCK
+from ppo_jax.lock import lock_folder
 from ppo_jax.runs import write_json
 
 Work = Callable[[Path], dict[str, Any]]
@@ -28,7 +30,7 @@ class Stages:
             InputError: `stages.json` is damaged, or the folder holds something else.
         """
         self.workdir, self.path = workdir, workdir / "stages.json"
-        foreign = workdir.exists() and any(child.name != ".stages.json.tmp" for child in workdir.iterdir())
+        foreign = workdir.exists() and {child.name for child in workdir.iterdir()} - {".stages.json.tmp", LOCK}
         if not self.path.exists() and foreign:
             raise InputError(f"workdir {workdir}: it holds files but no stages.json; expected an empty folder or a run")
         self.walked: list[str] = []  # names of the stages that were asked for, in order
@@ -52,9 +54,11 @@ class Stages:
             protected: what a folder holds that must not be set aside without being asked for; "" if nothing.
 
         Raises:
-            InputError: the folder would have to be set aside, and is protected.
+            InputError: the folder would have to be set aside, and is protected; or another process has the workdir.
         """
         self.walked.append(name)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.workdir)
         # A stage that was run again has another `run`, also where its inputs are the same: its result may differ.
         fingerprint = _digest([inputs, [self._entries[earlier]["run"] for earlier in after]])
         entry, folder = self._entries.get(name, {}), self.workdir / name
@@ -81,7 +85,6 @@ class Stages:
         return self._entries[name]["result"]
 
     def _note(self, name: str, entry: dict[str, Any]) -> None:
-        self.workdir.mkdir(parents=True, exist_ok=True)
         self._entries[name] = entry
         write_json(self.path, self._entries)
 

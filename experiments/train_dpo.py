@@ -19,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from experiments import cli
+from experiments.ending import asked_to_end, end_early
 from experiments.results import print_costs
 from experiments.settings import DPOExperiment, tracker_names
 from ppo_jax import hub
@@ -38,7 +39,7 @@ from ppo_jax.sharding import Shardings, make_mesh, make_place, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, render_chat, special_tokens
 from ppo_jax.types import Examples, Params, TrainState
 
-MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers")
+MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers", "max_hours")
 """Fields that a restart may change: they do not touch the training."""
 
 COLUMNS = (
@@ -198,6 +199,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the workdir holds another run, or the loss is no longer finite.
+        StoppedEarly: a signal or `max_hours` asked for it; the last step is saved.
     """
     settings, total = setup.settings, setup.num_steps
     config = dataclasses.asdict(settings)
@@ -207,7 +209,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         return json.loads((workdir / "results.json").read_text())
     reference = read_heldout(setup, setup.ref_params)
     writers = make_writers(workdir, tracker_names(settings.trackers), config, workdir.name, start_step=start)
-    with checkpoints, writers, Reporter(total, start, COLUMNS, label="step") as reporter:
+    columns, hours = COLUMNS, settings.max_hours
+    with checkpoints, writers, Reporter(total, start, columns, label="step") as reporter, asked_to_end(hours) as asked:
         announce(setup, reporter, start)
         began = time.perf_counter(), start
         for number in range(start, total):
@@ -230,6 +233,9 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 reporter.update(number, row)
             if saves:
                 checkpoints.save(state)
+            if done < total and (who := asked()):
+                refuse_non_finite({name: float(x) for name, x in metrics.items()}, f"step {number}", "lower config.lr")
+                end_early(checkpoints, state, who, f"{done} of {total} steps")
     return finish(setup, state, reference, workdir)
 
 

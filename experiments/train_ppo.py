@@ -20,6 +20,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from experiments import cli
+from experiments.ending import asked_to_end, end_early
 from experiments.ppo_results import finish
 from experiments.ppo_setup import Setup, prepare
 from experiments.results import print_costs, results_page
@@ -36,7 +37,9 @@ from ppo_jax.runs import RunError, resume, save_broken
 from ppo_jax.shaping import Moments, add_batch
 from ppo_jax.types import Examples, Experience, Scores, TrainState
 
-MAY_CHANGE = tuple("gold checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts trackers".split())
+MAY_CHANGE = tuple(
+    "gold checkpoint_every checkpoints_to_keep samples_every num_samples eval_prompts trackers max_hours".split()
+)
 """Fields that a restart may change: they do not touch the training. So may `num_iterations` under a constant rate."""
 
 
@@ -155,6 +158,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the workdir holds another run, the reward failed, or too much was not finite.
+        StoppedEarly: a signal or `max_hours` asked for it; the last iteration is saved.
     """
     settings = setup.settings
     may_change = (*MAY_CHANGE, "num_iterations") if settings.ppo.lr_schedule == "constant" else MAY_CHANGE
@@ -176,7 +180,13 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, config, workdir.name, start_step=done)
     stopped = False
-    with checkpoints, writers, JsonlWriter(workdir / "samples.jsonl") as samples, Reporter(total, done) as reporter:
+    with (
+        checkpoints,
+        writers,
+        JsonlWriter(workdir / "samples.jsonl") as samples,
+        Reporter(total, done) as reporter,
+        asked_to_end(settings.max_hours) as asked,
+    ):
         announce(setup, reporter, done)
         clock = Stopwatch()
         while done < total and not stopped:
@@ -190,6 +200,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
             done += 1
             if not stopped and (done == total or done % settings.checkpoint_every == 0):
                 checkpoints.save(state)
+            if not stopped and done < total and (who := asked()):
+                end_early(checkpoints, state, who, f"{done} of {total} iterations")
         reached = checkpoints.latest_step() or 0
         if stopped:  # the policy that acted in the last iteration was above the limit already, and may have been saved
             state = checkpoints.restore(state, before=done - 1)

@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from experiments import cli
+from experiments.ending import asked_to_end, end_early
 from experiments.responses import Responder
 from experiments.results import REWARD_COLUMNS, REWARD_PANELS, print_costs
 from experiments.settings import RewardExperiment, tracker_names
@@ -55,7 +56,7 @@ from ppo_jax.tokenizers import (
 )
 from ppo_jax.types import Params, TrainState
 
-MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers")
+MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers", "max_hours")
 """Fields that a restart may change: they do not touch the training."""
 
 
@@ -216,6 +217,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the workdir holds another run, or the loss is no longer finite.
+        StoppedEarly: a signal or `max_hours` asked for it; the last step is saved.
     """
     settings, total = setup.settings, setup.num_steps
     checkpoints, state = resume(
@@ -231,7 +233,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         write_json(workdir / "normalization.json", before)
     trackers = tracker_names(settings.trackers)
     writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=start)
-    with checkpoints, writers, Reporter(total, start, REWARD_COLUMNS, label="step") as reporter:
+    columns, hours = REWARD_COLUMNS, settings.max_hours
+    with checkpoints, writers, Reporter(total, start, columns, label="step") as reporter, asked_to_end(hours) as asked:
         announce(setup, reporter, start)
         began = time.perf_counter(), start
         for number in range(start, total):
@@ -253,6 +256,9 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 reporter.update(number, row)
             if saves:
                 checkpoints.save(state)
+            if done < total and (who := asked()):
+                refuse_non_finite({name: float(x) for name, x in metrics.items()}, f"step {number}", "lower config.lr")
+                end_early(checkpoints, state, who, f"{done} of {total} steps")
     return finish(setup, state, workdir, samples)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from experiments import cli
+from experiments.ending import asked_to_end, end_early
 from experiments.results import SFT_COLUMNS, SFT_PANELS, print_costs
 from experiments.settings import SFTExperiment, tracker_names
 from ppo_jax import hub
@@ -38,7 +39,7 @@ from ppo_jax.sharding import Shardings, make_mesh, make_place, make_shardings
 from ppo_jax.tokenizers import SpecialTokens, check_vocabulary, load_tokenizer, special_tokens
 from ppo_jax.types import Examples, Params, TrainState
 
-MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers")
+MAY_CHANGE = ("log_every", "eval_every", "checkpoint_every", "checkpoints_to_keep", "trackers", "max_hours")
 """Fields that a restart may change: they do not touch the training. So may `num_steps` under a constant rate."""
 
 
@@ -184,6 +185,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the workdir holds another run, or the loss is no longer finite.
+        StoppedEarly: a signal or `max_hours` asked for it; the last step is saved.
     """
     settings, total = setup.settings, setup.settings.num_steps
     may_change = (*MAY_CHANGE, "num_steps") if settings.lr_schedule == "constant" else MAY_CHANGE
@@ -194,7 +196,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
     if (saved := finished(workdir, done, total)) is not None:
         return saved
     writers = make_writers(workdir, tracker_names(settings.trackers), config, workdir.name, start_step=done)
-    with checkpoints, writers, Reporter(total, done, SFT_COLUMNS, label="step") as reporter:
+    columns, hours = SFT_COLUMNS, settings.max_hours
+    with checkpoints, writers, Reporter(total, done, columns, label="step") as reporter, asked_to_end(hours) as asked:
         announce(setup, reporter, done)
         losses = logged_losses(workdir)
         keep_best(settings, workdir, state, losses)  # a kill may have come between the two checkpoints of a step
@@ -208,7 +211,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 done == total or done % every == 0
                 for every in (settings.log_every, settings.eval_every, settings.checkpoint_every)
             )
-            if not (logs or evaluates or saves):
+            who = asked() if done < total else ""
+            if not (logs or evaluates or saves or who):
                 continue
             row = {name: float(x) for name, x in metrics.items()}  # waits
             row |= {
@@ -219,13 +223,16 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
             if evaluates:
                 losses[done] = heldout_loss(setup, state.params)
                 row |= heldout_metrics(losses[done])
-            writers.write(done - 1, row)
-            reporter.update(done - 1, row)
+            if logs or evaluates or saves:
+                writers.write(done - 1, row)
+                reporter.update(done - 1, row)
             if saves or (settings.patience and evaluates):
                 checkpoints.save(state)
                 if settings.patience:
                     checkpoints.wait()
                 keep_best(settings, workdir, state, losses)
+            if who:
+                end_early(checkpoints, state, who, f"{done} of {total} steps")
             began, tokens = time.perf_counter(), 0
         if done < total:
             reporter.print(f"stopped: the held-out loss was lowest after step {lowest(losses)} of {done}")

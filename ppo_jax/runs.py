@@ -13,6 +13,8 @@ import numpy as np
 
 from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.errors import InputError
+from ppo_jax.lock import NAME as LOCK
+from ppo_jax.lock import lock_folder
 from ppo_jax.metrics import atomic_write
 from ppo_jax.types import Experience, Scores, TrainState
 
@@ -22,7 +24,7 @@ class RunError(InputError):
 
 
 def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection[str] = ()) -> bool:
-    """Makes the folder of a run, or enters it again.
+    """Makes the folder of a run, or enters it again; no other process can until this one ends.
 
     Args:
         workdir: the folder.
@@ -35,17 +37,20 @@ def open_run(workdir: str | Path, config: dict[str, Any], may_change: Collection
     Raises:
         RunError: the folder holds a run of another configuration (names the fields), a damaged config.json, or files
             but no config.json.
+        LockedError: another process has it open.
     """
     folder = Path(workdir)
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"workdir {folder}: it is a file, expected a folder")
     if not path.exists():
-        if folder.exists() and any(name != ".config.json.tmp" for name in os.listdir(folder)):
+        if folder.exists() and set(os.listdir(folder)) - {".config.json.tmp", LOCK}:
             raise RunError(
                 f"workdir {folder}: it holds files but no config.json; expected an empty folder or one of this run"
             )
         folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
+    if not path.exists():
         write_json(path, config)
         return False
     try:

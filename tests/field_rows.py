@@ -197,6 +197,7 @@ TRAINING = {
     "save_dtype": "test_save_dtype.py::test_the_dtype_of_the_exported_weights",
     "pad_token": row("<unk>"),
     "eos_token": row("▁."),
+    "max_hours": "test_ending.py::test_every_script_that_trains_can_be_asked_to_end",
     "trackers": REFUSED_TRACKER,
     "mesh": row(kinds.MeshSettings(data=2)),
 }

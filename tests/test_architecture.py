@@ -48,6 +48,7 @@ FLOORS = {
     "reward_model": 3,
     "control": 3,
     # the outside world
+    "lock": 4,
     "manifest": 4,
     "checkpoint": 4,
     "metrics": 4,
@@ -78,6 +79,7 @@ SAME_FLOOR_PAIRS = {
     ("plots", "evaluation"),  # a bar of uncertainty is an interval
     ("plots", "metrics"),  # the curves of what was logged
     ("runs", "metrics"),  # files are written whole or not at all
+    ("runs", "lock"),  # one process a folder
     ("runs", "checkpoint"),  # a run goes on from its newest checkpoint
     ("checkpoint", "manifest"),  # a step is a folder that is whole
     ("feedback", "metrics"),  # files are written whole or not at all

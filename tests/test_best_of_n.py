@@ -229,7 +229,7 @@ def test_real_models_and_a_reward_model(tmp_path, rng):
 # The command line
 
 CONFIG = folders.ROOT / "experiments" / "configs" / "best_of_n.py"
-RESULTS = {"config.json", "responses.jsonl", "best_of_n.jsonl", "chosen.jsonl", "results.json", "results.md"}
+RESULTS = set("config.json responses.jsonl best_of_n.jsonl chosen.jsonl results.json results.md .lock".split())
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_a_restart_samples_nothing_again(world, tmp_path, start, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(best_of_n, "rows_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert start(flags(world, run)).status == 130
-    assert set(os.listdir(run)) == {"config.json", "responses.jsonl"}
+    assert set(os.listdir(run)) == {"config.json", "responses.jsonl", ".lock"}
     sampled = (run / "responses.jsonl").read_bytes()
     monkeypatch.setattr(best_of_n, "Responder", lambda *_, **__: pytest.fail("it samples again"))
     outcome = done(start(flags(world, run)))

@@ -16,7 +16,6 @@ import crashes
 import folders
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from small import running
 
@@ -119,9 +118,9 @@ def test_nothing_whole_is_an_error_and_loses_nothing(saved):
     for step in (1, 2):
         (saved / str(step) / "_METADATA").unlink()
     with Checkpointer(saved) as checkpoints:
-        with pytest.raises(CheckpointError, match="none in .* is whole: .*2/_METADATA.*1/_METADATA") as error:
+        with pytest.raises(CheckpointError, match=r"none in .* is whole: .*2/_METADATA.*1/_METADATA") as error:
             checkpoints.restore(make_state(0))
-        with pytest.raises(CheckpointError, match="none in .* is whole: .*1/_METADATA"):
+        with pytest.raises(CheckpointError, match=r"none in .* is whole: .*1/_METADATA"):
             checkpoints.restore(make_state(0), before=2)
     assert isinstance(error.value, InputError)
     assert sorted(os.listdir(saved)) == ["1", "2"]

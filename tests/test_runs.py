@@ -46,7 +46,8 @@ def refused(folder, config=CONFIG, may_change=()) -> str:
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+    names = set(os.listdir(folder)) - {".lock"} if folder.is_dir() else ()
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -56,7 +57,7 @@ def test_a_new_run_writes_its_configuration(tmp_path, exists):
         folder.mkdir(parents=True)
     assert not open_run(folder, CONFIG)
     assert json.loads((folder / "config.json").read_text()) == changed()
-    assert os.listdir(folder) == ["config.json"]
+    assert set(os.listdir(folder)) == {"config.json", ".lock"}
 
 
 def test_a_path_as_text_is_as_good(tmp_path):
@@ -162,7 +163,7 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, rng):
         process.stdout.close()
         check_whole(path)
         assert len(seen) > 1, "it was not written while it was read"
-        assert set(os.listdir(tmp_path)) <= {"config.json", ".config.json.tmp"}
+        assert set(os.listdir(tmp_path)) <= {"config.json", ".config.json.tmp", ".lock"}
 
 
 def check_whole(path: Path) -> int:

@@ -222,7 +222,9 @@ def test_a_kill_costs_the_stage_that_it_hit_and_no_other(tmp_path, rng):
     names = ran.read_text().split()
     assert list(dict.fromkeys(names)) == [str(i) for i in range(30)]
     assert 30 <= len(names) <= 33
-    assert sorted(os.listdir(workdir)) == sorted(["stages.json", *map(str, range(30))]), "something was set aside"
+    assert sorted(os.listdir(workdir)) == sorted([".lock", "stages.json", *map(str, range(30))]), (
+        "something was set aside"
+    )
     assert Stages(workdir).result("29") == {"number": 29}
 
 

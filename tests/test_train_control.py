@@ -43,7 +43,7 @@ def test_each_task_runs_and_leaves_its_pictures(env, pictures, tmp_path, capsys)
     settings, folder = dataclasses.replace(SHORT, env=env), tmp_path / "run"
     train_control.main(settings, folder)
     written = {path.name for path in folder.iterdir()}
-    always = {"config.json", "metrics.jsonl", "curves.png", "results.json", "agents.safetensors"}
+    always = {"config.json", "metrics.jsonl", "curves.png", "results.json", "agents.safetensors", ".lock"}
     assert written == always | pictures
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["env_steps"] for row in rows] == [0, 128, 256]

@@ -23,7 +23,7 @@ from ppo_jax.models import Decoder
 from ppo_jax.tokenizers import load_tokenizer
 
 CONFIG = folders.ROOT / "experiments" / "configs" / "dpo.py"
-FILES = {"config.json", "metrics.jsonl", "results.json", "curves.png", "checkpoints", "tensorboard", "policy"}
+FILES = set("config.json metrics.jsonl results.json curves.png checkpoints tensorboard policy .lock".split())
 PARTS = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"}
 NEUTRAL = ("the", "a", "cat", "dog", "old", "film", "and", "very")
 BETA = 0.1

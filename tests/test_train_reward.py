@@ -26,7 +26,7 @@ from ppo_jax.tokenizers import load_tokenizer, special_tokens
 CONFIG = folders.ROOT / "experiments" / "configs" / "reward.py"
 FILES = {
     "config.json", "metrics.jsonl", "normalization.json", "results.json", "curves.png", "reliability.png",
-    "checkpoints", "tensorboard", "model",
+    "checkpoints", "tensorboard", "model", ".lock",
 }  # fmt: skip
 KEYS = {
     "steps", "heldout/loss", "accuracy", "accuracy_low", "accuracy_high", "ece", "reliability", "accuracy_by_margin",

@@ -58,7 +58,7 @@ def test_a_run_leaves_what_it_promises(flags, world, tmp_path, start, capsys):
     outcome = start(*flags, f"--workdir={workdir}")
     assert (outcome.status, outcome.err) == (0, "")
     assert set(os.listdir(workdir)) == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "curves.png", "results.json"
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "curves.png", "results.json", ".lock"
     }  # fmt: skip
     rows = read_jsonl(workdir / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == list(range(6))

@@ -44,6 +44,9 @@ class TrainingSettings:
     )
     pad_token: str = option("", "overrides the tokenizer's")
     eos_token: str = option("", "overrides the tokenizer's")
+    max_hours: float = option(
+        0.0, "hours after which this start saves and ends, with exit status 75: the same command goes on; 0: no limit"
+    )
     trackers: str = option("", "besides JSONL and TensorBoard, separated by commas: wandb, trackio")
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
 
@@ -53,6 +56,7 @@ class TrainingSettings:
         check("remat", self.remat, self.remat in REMATS, "one of " + ", ".join(REMATS))
         check("save_dtype", self.save_dtype, self.save_dtype in SAVE_DTYPES, "one of " + ", ".join(SAVE_DTYPES))
         check_at_least(self, 1, "checkpoints_to_keep")
+        check_at_least(self, 0, "max_hours")
         for name in tracker_names(self.trackers):
             check("trackers", name, name in KNOWN_TRACKERS, "some of " + ", ".join(KNOWN_TRACKERS))
 
