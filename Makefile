@@ -18,7 +18,7 @@ PYTEST = $(PY) -m pytest --maxprocesses=8
 export PYTHON ACCELERATOR RESOLUTION
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-parity test-browser test-lowest lint format setup clean
+.PHONY: help quickstart test test-parity test-browser soak test-lowest lint format setup clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,7 @@ quickstart:  ## the whole road of RLHF in small, five minutes on 2 cores (WORKDI
 
 test:  ## run the tests, without torch (PYTEST_ARGS=...)
 	@$(SETUP) test
+	@scripts/install_package.sh bubblewrap 1 bwrap || echo "the sandbox will not be tested" >&2
 	$(PYTEST) -n $(PYTEST_WORKERS) --ignore=tests/parity --ignore=tests/browser $(PYTEST_ARGS)
 
 # By pip, not by uv: where an index serves both the CUDA and the CPU build, pip takes the one that its configuration names.
@@ -40,8 +41,12 @@ test-parity:  ## compare with torch and peft, live; installs both (TORCH_ARGS=..
 
 test-browser:  ## label in a real browser; installs chromium where it may (PYTEST_ARGS=...)
 	@$(SETUP) test browser
-	@scripts/install_chromium.sh
+	@scripts/install_package.sh chromium 350 chromium chromium-browser google-chrome
 	$(PYTEST) tests/browser $(PYTEST_ARGS)
+
+soak:  ## crashes, full disks, bit rot, signals: ten times as many as in `make test`
+	@$(SETUP) test
+	$(PYTEST) -n $(PYTEST_WORKERS) --soak tests/test_durability.py tests/test_ending.py $(PYTEST_ARGS)
 
 test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) test VENV=.venv-lowest RESOLUTION=lowest-direct

@@ -30,7 +30,7 @@ jax.config.update("jax_debug_key_reuse", True)
 SEED_VARIABLE = "PPO_JAX_TEST_SEED"
 TORCH_IS_MISSING = importlib.util.find_spec("torch") is None
 
-# As scripts/install_chromium.sh looks for it.
+# As the Makefile looks for it.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_IS_MISSING = CHROMIUM is None or importlib.util.find_spec("playwright") is None
 

@@ -33,6 +33,8 @@ FLOORS = {
     "examples": 1,
     "preferences": 1,
     "comparisons": 1,
+    # code that nobody has read
+    "sandbox": 1,
     # acting and judging
     "config": 2,
     "sampling": 2,
@@ -95,8 +97,14 @@ FENCES = {
 }
 
 # Below the fourth floor nothing reads files or clocks, except where files are the subject.
-READERS = {"hub", "data", "tokenizers"}
+READERS = {"hub", "data", "tokenizers", "sandbox"}
 CLOCKS = {"time", "datetime"}
+TIMERS = {"sandbox"}  # which ends what takes too long
+
+# Nothing from outside is run: no pickles, no text as code, nobody's remote code. Only the sandbox's guest may.
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+GUEST = "ppo_jax.sandbox.guest"
 FILE_METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 ARRAY_FILE_METHODS = {"load", "save", "savez", "loadtxt", "savetxt", "fromfile", "memmap"}
 
@@ -142,7 +150,7 @@ def fence_problems(here: str, imports: list[tuple[int, str]]) -> Iterator[tuple[
         for package, allowed in FENCES.items():
             if is_inside(name, package) and here not in allowed:
                 yield line, f"imports {package}, which only {sorted(allowed) or 'experiments/'} may"
-        if FLOORS[here] < 4 and name.split(".")[0] in CLOCKS:
+        if FLOORS[here] < 4 and here not in TIMERS and name.split(".")[0] in CLOCKS:
             yield line, f"reads the clock ({name}) below floor 4"
 
 
@@ -160,6 +168,20 @@ def file_problems(here: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"opens a file (.{method}) below floor 4"
             case ast.Attribute(ast.Name("np" | "jnp" | "numpy"), method) if method in ARRAY_FILE_METHODS:
                 yield node.lineno, f"opens a file (np.{method}) below floor 4"
+
+
+def code_problems(module: str, tree: ast.Module, imports: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Where something from outside could be run."""
+    for line, name in imports:
+        if name.split(".")[0] in UNPICKLERS:
+            yield line, f"imports {name}, which runs what it reads"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in RUNS_CODE and module != GUEST:
+            yield node.lineno, f"names {node.id}, which runs text as code"
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            off = isinstance(node.value, ast.Constant) and node.value.value is False
+            if not off:
+                yield node.value.lineno, f"sets {node.arg}"
 
 
 def docstring_problems(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -186,6 +208,7 @@ def problems(module: str, source: str) -> list[str]:
         found.append((1, "has no row in FLOORS"))
     else:
         found += [*floor_problems(here, imports), *fence_problems(here, imports), *file_problems(here, tree)]
+    found += code_problems(module, tree, imports)
     return [f"{module}:{line}: {what}" for line, what in found]
 
 
@@ -242,6 +265,11 @@ def test_files_fit_on_a_few_screens():
         ("rewards.host", "open('x')", "opens a file below floor 4"),
         ("rewards.host", "Path('x').read_text()", "opens a file (.read_text) below floor 4"),
         ("rewards.host", "np.load('x')", "opens a file (np.load) below floor 4"),
+        ("metrics.jsonl", "import pickle", "imports pickle, which runs what it reads"),
+        ("hub.load", "x = eval('1')", "names eval, which runs text as code"),
+        ("sandbox.host", "run = exec", "names exec, which runs text as code"),
+        ("hub.load", "load('x', trust_remote_code=True)", "sets trust_remote_code"),
+        ("hub.load", "np.load('x', allow_pickle=ALLOWED)", "sets allow_pickle"),
         ("kl", "def k1(): ...", "k1 has no docstring"),
         ("kl", "class K1: ...", "K1 has no docstring"),
     ],
@@ -264,6 +292,9 @@ def test_the_checker_finds(module, line, expected):
         ("hub.load", "from ppo_jax.models import ModelConfig\nopen('config.json')"),
         ("metrics.jsonl", "import time\nfrom ppo_jax import __version__, types\nopen('metrics.jsonl')"),
         ("checkpoint", "import orbax.checkpoint as ocp"),
+        ("sandbox.host", "import time\nopen('x')"),
+        ("sandbox.guest", "exec('1')"),
+        ("hub.load", "load('x', trust_remote_code=False)\nmodel.eval()"),
         ("kl", "from flax import traverse_util\nimport timeit_like\ndef _helper(): ..."),
     ],
 )

@@ -50,7 +50,8 @@ class PPOExperiment(TrainingSettings):
     long_prompts: str = option("drop", "prompts longer than ppo.prompt_length: " + ", ".join(LONG_PROMPTS))
     reward: str = option(
         "",
-        "judges, separated by commas, each with *WEIGHT if it is not 1: vader, model:FOLDER (a reward model), "
+        "judges, separated by commas, each with *WEIGHT if it is not 1: vader, code (tests passed in a sandbox), "
+        "model:FOLDER (a reward model), "
         "FILE.py:function or package.module:function (either after jax: for a JAX score), http://... (a service)",
     )
     reward_timeout_s: float = option(HttpOptions().timeout_s, "of a request to a reward service")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ppo_jax import hub
 from ppo_jax.errors import InputError
+from ppo_jax.rewards.code import code
 from ppo_jax.rewards.combined import Judge, Judges, judge_in_jax, make_judges
 from ppo_jax.rewards.host import HostReward
 from ppo_jax.rewards.http import HttpOptions, make_http_reward
@@ -25,7 +26,7 @@ from ppo_jax.types import Params
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HOST_REWARDS: dict[str, HostReward] = {"vader": vader}
+HOST_REWARDS: dict[str, HostReward] = {"vader": vader, "code": code}
 _WEB = ("http://", "https://")
 
 
@@ -39,7 +40,7 @@ def load_reward(
 
     Args:
         spec: one or several, separated by commas, each with its weight after `*` if it has one: see `split_judges`.
-            One is the name of a built-in host reward ("vader"); or `FILE.py:function` / `package.module:function`, a
+            One is the name of a built-in host reward (vader, code); or `FILE.py:function`, `package.module:function`, a
             host reward `function(prompts, completions, **columns) -> list[float]`; or either of these after `jax:`,
             where `function(tokenizer)` returns a score in pure JAX, rollout to `[B]`, or to `[B, R]` if it judges each
             token (which no judge of texts can); or a reward model's folder after `model:`; or the web address of a

@@ -1,4 +1,4 @@
-"""scripts/install_chromium.sh, with stand-ins for what it finds and calls."""
+"""scripts/install_package.sh, with stand-ins for what it finds and calls."""
 
 import shutil
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "install_chromium.sh"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "install_package.sh"
 APT_GET = '#!/bin/sh\necho "apt-get $*" >>"$CALLS"\n'
 SUDO = '#!/bin/sh\n[ "$1" = -n ] && shift\nexec "$@"\n'
 
@@ -25,7 +25,15 @@ def machine(tmp_path):
             path.write_text(text)
             path.chmod(0o755)
         calls = tmp_path / "calls"
-        command = [shutil.which("bash"), str(SCRIPT)]
+        command = [
+            shutil.which("bash"),
+            str(SCRIPT),
+            "chromium",
+            "350",
+            "chromium",
+            "chromium-browser",
+            "google-chrome",
+        ]
         environment = {"PATH": str(folder), "CALLS": str(calls), "TMPDIR": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.stdout == ""
@@ -49,7 +57,7 @@ def test_a_stub_that_does_not_run_is_no_browser(machine):
 def test_root_installs_it(machine):
     status, calls, told = machine(apt_get=APT_GET)
     assert (status, calls) == (0, INSTALLS)
-    assert told == "install_chromium: installing chromium, 350 MB\n"
+    assert told == "install_package: installing chromium, 350 MB\n"
 
 
 def test_so_does_sudo_without_a_password(machine):
@@ -59,7 +67,7 @@ def test_so_does_sudo_without_a_password(machine):
 @pytest.mark.parametrize(
     ("user", "programs", "told"),
     [
-        (0, {}, "no apt-get to install it with; install Chromium or Chrome"),
+        (0, {}, "no apt-get to install it with; install it by hand"),
         (1000, {"apt_get": APT_GET}, "no right to install it; run: sudo apt-get install chromium"),
         (1000, {"apt_get": APT_GET, "sudo": "#!/bin/sh\nexit 1\n"}, "run: sudo apt-get install chromium"),
     ],
