@@ -115,11 +115,10 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         held = json.loads(data)
-        whole = _encode({name: held[name] for name in ("facts", "files")}) == data
+        if _encode({name: held[name] for name in ("facts", "files")}) == data:
+            return held
     except OSError as error:
         raise DamagedError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, RecursionError):
-        whole = False
-    if not whole:
-        raise DamagedError(f"{path}: it is not as it was written")
-    return held
+        pass
+    raise DamagedError(f"{path}: it is not as it was written")

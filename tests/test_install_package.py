@@ -25,15 +25,8 @@ def machine(tmp_path):
             path.write_text(text)
             path.chmod(0o755)
         calls = tmp_path / "calls"
-        command = [
-            shutil.which("bash"),
-            str(SCRIPT),
-            "chromium",
-            "350",
-            "chromium",
-            "chromium-browser",
-            "google-chrome",
-        ]
+        browsers = ("chromium", "chromium-browser", "google-chrome")
+        command = [shutil.which("bash"), str(SCRIPT), "chromium", "350", *browsers]
         environment = {"PATH": str(folder), "CALLS": str(calls), "TMPDIR": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.stdout == ""

@@ -78,7 +78,7 @@ def run_program(source, stdin):
 def plain(value):
     """Sets have no order, and JSON no sets."""
     if isinstance(value, (set, frozenset)):
-        return sorted(map(plain, value))
+        return [plain(item) for item in sorted(value)]
     if isinstance(value, (list, tuple)):
         return list(map(plain, value))
     if isinstance(value, dict):

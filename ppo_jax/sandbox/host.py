@@ -116,7 +116,9 @@ def _run(python: str, task: bytes, limits: Limits) -> Result:
     deadline = time.monotonic() + limits.wall_s
     guest, given = _in_memory(_GUEST.read_bytes()), _in_memory(task)
     reader, writer = os.pipe()
-    as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    as_nobody: dict[str, Any] = {}
+    if os.geteuid() == 0:  # whom no limit on processes holds
+        as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
     try:
         process = subprocess.Popen(
             _command(python, guest, given, writer, limits),
@@ -141,7 +143,8 @@ def _run(python: str, task: bytes, limits: Limits) -> Result:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its init dies, and with it everything in its namespace
         process.wait()
-        process.stderr.close()
+        if process.stderr:
+            process.stderr.close()
         os.close(reader)
     if not said.startswith(_READY):
         if ended:
@@ -184,28 +187,29 @@ def _in_memory(data: bytes) -> int:
 
 def _listen(process: subprocess.Popen, reader: int, deadline: float, most: int) -> tuple[bytes, bytes, str]:
     """What comes from the guest and on stderr until it ends, or until a limit ends it."""
-    held = {reader: b"", process.stderr.fileno(): b""}
+    assert process.stderr
+    stderr = process.stderr.fileno()
+    held = {reader: b"", stderr: b""}
     with selectors.DefaultSelector() as selector:
         for descriptor in held:
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
-                return held[reader], held[process.stderr.fileno()], "time"
+                return held[reader], held[stderr], "time"
             for key, _ in ready:
                 part = os.read(key.fd, 1 << 16)
                 held[key.fd] += part
                 if not part:
                     selector.unregister(key.fd)
                 if len(held[key.fd]) > most + len(_READY):
-                    return held[reader][: most + len(_READY)], held[process.stderr.fileno()], "output"
+                    return held[reader][: most + len(_READY)], held[stderr], "output"
     try:
         status = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return held[reader], held[process.stderr.fileno()], "time"
-    number = status - 128 if status > 128 else -status
-    ended = signal.Signals(number).name if number in signal.Signals.__members__.values() and status else ""
-    return held[reader], held[process.stderr.fileno()], ended
+        return held[reader], held[stderr], "time"
+    number = status - 128 if status > 128 else -status  # bubblewrap tells a signal as a shell does
+    return held[reader], held[stderr], signal.Signals(number).name if number > 0 else ""
 
 
 def _read(lines: bytes, ended: str) -> Result:
