@@ -26,6 +26,7 @@ from experiments.ppo_setup import Setup, prepare
 from experiments.results import print_costs, results_page
 from experiments.rollouts import batch_of, judge, judge_on_host, texts_of
 from experiments.settings import PPOExperiment, tracker_names
+from ppo_jax.checkpoint import Checkpointer
 from ppo_jax.data import batch_indices
 from ppo_jax.errors import check
 from ppo_jax.experience import truncation_scores
@@ -33,6 +34,7 @@ from ppo_jax.guard import quantities
 from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
 from ppo_jax.planning import count_parameters, program_cost, release_free_memory
 from ppo_jax.ppo import due
+from ppo_jax.recorded import Recorder
 from ppo_jax.runs import RunError, resume, save_broken
 from ppo_jax.shaping import Moments, add_batch
 from ppo_jax.types import Examples, Experience, Scores, TrainState
@@ -171,6 +173,14 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         return saved
     if done < total:
         setup = with_compiled_step(setup._replace(state=state))
+    with Recorder(workdir / "scores.jsonl") as recorder:
+        gold = recorder.reward(setup.gold, "gold") if setup.gold else None
+        return go_on(setup._replace(judges=recorder.judges(setup.judges), gold=gold), state, workdir, checkpoints)
+
+
+def go_on(setup: Setup, state: TrainState, workdir: Path, checkpoints: Checkpointer) -> dict[str, Any]:
+    """The iterations that are left, and the results; see `train`."""
+    settings, total, done = setup.settings, setup.settings.num_iterations, int(state.step)
     if not done:
         state = begin(setup, state)
     release_free_memory()  # what compiling has used
@@ -178,7 +188,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         checkpoints.save(state)  # to go back to
     truncate_jsonl(workdir / "samples.jsonl", "iteration", done)
     trackers = tracker_names(settings.trackers)
-    writers = make_writers(workdir, trackers, config, workdir.name, start_step=done)
+    writers = make_writers(workdir, trackers, dataclasses.asdict(settings), workdir.name, start_step=done)
     stopped = False
     with (
         checkpoints,

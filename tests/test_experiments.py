@@ -40,7 +40,7 @@ def start(monkeypatch, capsys):
 
 FILES = {
     "config.json", "metrics.jsonl", "samples.jsonl", "responses.jsonl", "results.json", "results.md", "curves.png",
-    "checkpoints", "tensorboard", "policy", ".lock",
+    "checkpoints", "tensorboard", "policy", "scores.jsonl", ".lock",
 }  # fmt: skip
 METRICS = (
     "objective: score score_se score_std kl kl_se entropy length eos_frac kl_coef reward ref_nll score_length_corr",

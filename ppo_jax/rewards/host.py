@@ -42,6 +42,8 @@ def call_reward(
         if isinstance(returned, str | dict) or any(isinstance(score, str) for score in scores):
             raise TypeError(f"got {type(returned).__name__}, expected a list of numbers")
         scores = [float(score) for score in scores]
+    except RewardError:  # it calls others, as we do
+        raise
     except Exception as error:  # the function is the user's, and may raise anything
         reason = str(error).splitlines()[0] if str(error) else "no message"
         raise RewardError(f"reward {name}: {type(error).__name__}: {reason}; prompts: {_shorten(prompts)}") from error
