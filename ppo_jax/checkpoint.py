@@ -6,6 +6,7 @@ the folder has got its name (`ppo_jax/manifest.py`). Then, and only then, older 
 
 import logging
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -32,14 +33,20 @@ class Checkpointer:
     To be used in a `with`, which waits at its end. One process opens a folder at a time (`ppo_jax/lock.py`).
     """
 
-    def __init__(self, folder: str | Path, max_to_keep: int = 2) -> None:
-        """Opens a folder, and makes it if need be; what an interrupted save or removal left there is removed."""
+    def __init__(self, folder: str | Path, max_to_keep: int = 2, inputs: Mapping[str, str] | None = None) -> None:
+        """Opens a folder, and makes it if need be; what an interrupted save or removal left there is removed.
+
+        Args:
+            folder: of the checkpoints.
+            max_to_keep: newest ones that stay.
+            inputs: digests of what the run reads, by name; see `restore`.
+        """
         import orbax.checkpoint as ocp  # slow to import
 
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        self._max_to_keep = max_to_keep
+        self._max_to_keep, self._inputs = max_to_keep, dict(inputs or {})
         self._damaged: set[int] = set()  # found while looking for one to restore
         self._orbax = ocp
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -78,7 +85,8 @@ class Checkpointer:
         return max(self._steps(), default=None)
 
     def restore(self, like: TrainState, before: int | None = None) -> TrainState:
-        """The newest saved state that is whole, placed as `like` is; those that are not are logged as warnings.
+        """The newest saved state that is whole, placed as `like` is; those that are not are logged as warnings. So are
+        Python files among the inputs that have changed.
 
         Args:
             like: a state of the same shapes, dtypes and shardings, a fresh one say.
@@ -86,7 +94,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: nothing is saved, or nothing is whole; or an array is missing, left over, or of another
-                shape or dtype.
+                shape or dtype; or an input that is no Python file has changed since.
         """
         self.wait()
         found = []
@@ -94,13 +102,14 @@ class Checkpointer:
             if before is not None and step >= before:
                 continue
             try:
-                verify(self._path(step))
+                facts = verify(self._path(step))
             except DamagedError as error:
                 self._damaged.add(step)
                 found.append(str(error))
                 continue
             for told in found:
                 logging.warning("damaged checkpoint: %s; going back to step %d", told, step)
+            self._check_inputs(step, facts["inputs"])
             return self._read(step, like)
         if found:
             raise CheckpointError(f"checkpoint: none in {self.folder} is whole: {'; '.join(found)}")
@@ -141,7 +150,7 @@ class Checkpointer:
                 orbax.save(written, args=self._orbax.args.StandardSave(tree))
             if target.exists():  # a damaged one
                 retire(target)
-            commit(written, target, {"step": step, "jax": jax.__version__, "orbax": self._orbax.__version__})
+            commit(written, target, self._facts(step))
         except Exception as error:  # of Orbax, TensorStore or the file system, each in its own way
             self._remove_leftovers()  # or the disk stays full
             size, free = sum(x.nbytes for x in jax.tree.leaves(tree)), shutil.disk_usage(self.folder).free
@@ -156,6 +165,21 @@ class Checkpointer:
                 retire(self._path(old))
             except OSError as error:  # it is tried again after the next save
                 logging.warning("old checkpoint: %s could not be removed: %s", self._path(old), error)
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        versions = {"jax": jax.__version__, "orbax": self._orbax.__version__}
+        return {"step": step, "inputs": self._inputs, "versions": versions, "devices": jax.device_count()}
+
+    def _check_inputs(self, step: int, saved: Mapping[str, str]) -> None:
+        changed = [name for name, digest in saved.items() if self._inputs.get(name, digest) != digest]
+        for name in changed:
+            if name.endswith(".py"):  # a judge that was mended
+                logging.warning("changed since checkpoint %s: %s", self._path(step), name)
+        if data := [name for name in changed if not name.endswith(".py")]:
+            raise CheckpointError(
+                f"checkpoint: {self._path(step)}: changed since it was saved: {', '.join(data)}; expected the same "
+                "contents, or another workdir"
+            )
 
     def _opened(self) -> Any:
         """Orbax, anew each time: after an error it goes on telling it."""

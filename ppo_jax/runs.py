@@ -13,6 +13,7 @@ import numpy as np
 
 from ppo_jax.checkpoint import Checkpointer, free
 from ppo_jax.errors import InputError
+from ppo_jax.fingerprints import fingerprints
 from ppo_jax.lock import NAME as LOCK
 from ppo_jax.lock import lock_folder
 from ppo_jax.metrics import atomic_write
@@ -98,18 +99,17 @@ def resume(
 
     Raises:
         RunError: see `open_run`; or the folder is further than `total`.
-        CheckpointError: a checkpoint that does not fit the state.
+        CheckpointError: a checkpoint that does not fit the state, or was made with other files under the same names.
     """
     open_run(workdir, config, may_change)
-    checkpoints = Checkpointer(workdir / "checkpoints", max_to_keep)
+    checkpoints = Checkpointer(workdir / "checkpoints", max_to_keep, fingerprints(config, may_change))
     done = checkpoints.latest_step() or 0
     if total < done:
         raise RunError(f"{setting}: got {total}, expected at least the {done} that {workdir} has")
+    state = checkpoints.restore(fresh) if done else fresh
     write_json(workdir / "config.json", config)
-    if not done:
-        return checkpoints, fresh
-    state = checkpoints.restore(fresh)
-    free(fresh)
+    if done:
+        free(fresh)
     return checkpoints, state
 
 

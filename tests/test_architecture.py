@@ -54,6 +54,7 @@ FLOORS = {
     "manifest": 4,
     "checkpoint": 4,
     "metrics": 4,
+    "fingerprints": 4,
     "recorded": 4,
     "runs": 4,
     "plots": 4,
@@ -83,6 +84,7 @@ SAME_FLOOR_PAIRS = {
     ("plots", "metrics"),  # the curves of what was logged
     ("runs", "metrics"),  # files are written whole or not at all
     ("recorded", "metrics"),  # lines that survive a kill
+    ("runs", "fingerprints"),  # files that a run began with
     ("runs", "lock"),  # one process a folder
     ("runs", "checkpoint"),  # a run goes on from its newest checkpoint
     ("checkpoint", "manifest"),  # a step is a folder that is whole
