@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
-MAX_LINE_BYTES = 16 * 2**20  # of a JSONL file; a longer one is no row but a mistake
+MAX_LINE_BYTES = 2**20  # of a JSONL file: a tokenizer takes 200 times as much memory, and cannot be interrupted
 LONG_PROMPTS = ("drop", "keep_start", "keep_end")
 PROMPT_COLUMNS = ("prompt", "messages", "text")
 
@@ -42,8 +43,8 @@ def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
         At least one row.
 
     Raises:
-        DataError: no such file or dataset; a line that is not a JSON object, or is longer than 16 MiB (with file and
-            line number); a damaged file; no rows.
+        DataError: no such file or dataset; a line that is not a JSON object of strict JSON in UTF-8, or is longer than
+            1 MiB (with file and line number); a damaged file; no rows.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -67,12 +68,32 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a byte order mark may stand at the beginning
+            row = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_once)
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long to be one
             raise DataError(f"{path}:{number}: broken line: {_reason(error)}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: got a JSON {type(row).__name__}, expected an object")
         yield row
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is larger than any number")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return row
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -143,7 +143,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_a_line_may_be_long_but_not_endless(tmp_path):
-    """A file of 50 MB in one line is refused after 16 MiB, whatever follows."""
+    """A file of 50 MB in one line is refused after 1 MiB, whatever follows."""
     path = tmp_path / "rows.jsonl"
     just_fits = b'{"a": "' + b"x" * (MAX_LINE_BYTES - 10) + b'"}\n'
     assert len(just_fits) == MAX_LINE_BYTES
@@ -151,7 +151,7 @@ def test_a_line_may_be_long_but_not_endless(tmp_path):
     assert [len(str(row["a"])) for row in load_rows(str(path))] == [MAX_LINE_BYTES - 10, 1]
     path.write_bytes(b'{"a": 1}\n' + b'{"a": "' + b"x" * 50_000_000 + b'"}\n')
     tracemalloc.start()
-    with pytest.raises(DataError, match="line of more than 16 MiB") as error:
+    with pytest.raises(DataError, match="line of more than 1 MiB") as error:
         load_rows(str(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -172,7 +172,7 @@ def test_a_gzipped_file(tmp_path):
             load_rows(str(path))
         one_line(error)
     path.write_bytes(gzip.compress(b"[" + b" " * 50_000_000))  # 50 kB that would be 50 MB
-    with pytest.raises(DataError, match="line of more than 16 MiB"):
+    with pytest.raises(DataError, match="line of more than 1 MiB"):
         load_rows(str(path))
 
 
@@ -452,3 +452,73 @@ def test_the_real_prompts_load_with_the_real_tokenizer(shared):
     # Each begins with `<s>`, id 1, at its first real slot.
     first = prompts.tokens[np.arange(1024), prompts.mask.argmax(axis=1)]
     assert (first == 1).all()
+
+
+# JSON that is none, or says two things
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"prompt": "a", "x": NaN}', "NaN is not JSON"),
+        (b'{"prompt": "a", "x": [-Infinity]}', "-Infinity is not JSON"),
+        (b'{"prompt": "a", "x": 1e999}', "1e999 is larger than any number"),
+        (b'{"prompt": "a", "x": -1e999}', "-1e999 is larger"),
+        (b'{"prompt": "a", "prompt": "b"}', "'prompt' stands there twice"),
+        (b'{"prompt": "a", "x": {"y": 1, "y": 1}}', "'y' stands there twice"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "BOM"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"x": ' * 100_000, "recursion"),
+        (b'{"x": ' + b"9" * 100_000 + b"}", "digits"),
+        (b'{"prompt": "a\nb"}', ""),
+        (b"{'prompt': 'a'}", "Expecting property name"),
+        (b'{"prompt": "a",}', ""),
+    ],
+)
+def test_json_that_is_none_is_told_with_its_line(tmp_path, line, told):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n' + line + b"\n")
+    with pytest.raises(DataError) as error:
+        load_rows(str(path))
+    assert str(error.value).startswith(f"{path}:2: broken line: ")
+    assert told in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_json_that_is_unusual_is_taken_as_it_stands(tmp_path):
+    """A byte order mark at the beginning, separators of lines that are none, escapes in pairs, numbers of any size."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a\u2028b\u2029c\x85d"}, {"prompt": "\U0001f600", "x": 10**30, "y": 1e308}, {"prompt": "\x00"}]
+    path.write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=i == 1) for i, row in enumerate(rows)).encode()
+    )
+    assert load_rows(str(path)) == rows
+
+
+def test_rows_of_any_bytes_are_rows_or_errors(tmp_path, rng, times):
+    """Rows with some bytes changed: never another error, never slow."""
+    good = json.dumps(
+        {"prompt": "a \u2603 \\ud83d", "messages": [{"role": "user", "content": "x"}], "n": [1.5, None, True]}
+    )
+    path, refused = tmp_path / "rows.jsonl", 0
+    for _ in range(1000 * times):
+        data = bytearray(good.encode())
+        for _ in range(rng.integers(1, 6)):
+            at = int(rng.integers(len(data)))
+            match int(rng.integers(4)):
+                case 0:
+                    data[at] = int(rng.integers(256))
+                case 1:
+                    del data[at : at + int(rng.integers(1, 9))]
+                case 2:
+                    data[at:at] = bytes(rng.choice(list(b'{}[]",:\\/\n0eE-.tfnu'), int(rng.integers(1, 9))).tolist())
+                case 3:
+                    data[at:at] = data[int(rng.integers(len(data))) :]
+            if not data:
+                break
+        path.write_bytes(data)
+        try:
+            assert all(isinstance(row, dict) for row in load_rows(str(path)))
+        except DataError:
+            refused += 1
+    assert refused > 200 * times

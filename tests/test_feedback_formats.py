@@ -274,7 +274,7 @@ def test_one_bad_row_and_nothing_is_written(store, source, row, expected):
     [
         (b'{"prompt": "p", "chosen"', ":2: broken line"),
         (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', ":2: broken line"),
-        (b'{"prompt": "' + b"x" * 50_000_000 + b'", "chosen": "a", "rejected": "b"}', ":2: line of more than 16 MiB"),
+        (b'{"prompt": "' + b"x" * 50_000_000 + b'", "chosen": "a", "rejected": "b"}', ":2: line of more than 1 MiB"),
     ],
     ids=["broken", "not_utf8", "50_MB"],
 )
