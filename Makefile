@@ -46,7 +46,7 @@ test-browser:  ## label in a real browser; installs chromium where it may (PYTES
 
 soak:  ## crashes, full disks, bit rot, signals: ten times as many as in `make test`
 	@$(SETUP) test
-	$(PYTEST) -n $(PYTEST_WORKERS) --soak tests/test_durability.py tests/test_ending.py $(PYTEST_ARGS)
+	$(PYTEST) -n $(PYTEST_WORKERS) --soak tests/test_durability.py tests/test_ending.py tests/test_resume.py tests/test_data.py $(PYTEST_ARGS)
 
 test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) test VENV=.venv-lowest RESOLUTION=lowest-direct

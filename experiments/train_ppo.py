@@ -26,6 +26,7 @@ from experiments.ppo_setup import Setup, prepare
 from experiments.results import print_costs, results_page
 from experiments.rollouts import batch_of, judge, judge_on_host, texts_of
 from experiments.settings import PPOExperiment, tracker_names
+from experiments.watchdog import Watchdog
 from ppo_jax.checkpoint import Checkpointer
 from ppo_jax.data import batch_indices
 from ppo_jax.errors import check
@@ -198,9 +199,10 @@ def go_on(setup: Setup, state: TrainState, workdir: Path, checkpoints: Checkpoin
         asked_to_end(settings.max_hours) as asked,
     ):
         announce(setup, reporter, done)
-        clock = Stopwatch()
+        clock, watchdog = Stopwatch(), Watchdog(reporter.print)
         while done < total and not stopped:
-            state, turn = iterate(setup, state, done, clock)
+            with watchdog.watch(f"iteration {done + 1}"):
+                state, turn = iterate(setup, state, done, clock)
             watch(setup, state, turn, workdir, reporter)
             writers.write(done, turn.metrics)
             reporter.update(done, turn.metrics)

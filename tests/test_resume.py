@@ -37,10 +37,10 @@ def flags(world, workdir, iterations: int = ITERATIONS, changes=()) -> list[str]
     return world.flags(*CHANGES, *changes, f"--config.num_iterations={iterations}", f"--workdir={workdir}")
 
 
-def check_same_run(ours, theirs) -> None:
+def check_same_run(ours, theirs, iterations: int = ITERATIONS) -> None:
     """Every leaf of the last state, every metric but the clock's, and every text."""
     rows = folders.without_time(ours / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == list(range(ITERATIONS))
+    assert [row["iteration"] for row in rows] == list(range(iterations))
     assert rows == folders.without_time(theirs / "metrics.jsonl")
     ours_state, theirs_state = folders.bits(folders.saved_state(ours)), folders.bits(folders.saved_state(theirs))
     assert ours_state == theirs_state
@@ -164,3 +164,35 @@ def test_all_that_is_carried_comes_back(tmp_path, rng, kept):
     assert state.running.score_count == 8 * ITERATIONS
     assert {name.rpartition("'lora_")[2][:1] for name in folders.bits(state) if name.startswith(".ema")} == {"a", "b"}
     assert len(state.pending) == 1
+
+
+def test_kills_at_random_moments(tmp_path, rng, kept, times):
+    """Again and again, each time after an iteration more; nobody has to help, and nothing that was saved is lost."""
+    world, iterations = folders.make_world(tmp_path), 100 * times
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    assert folders.run_script("train_ppo.py", flags(world, reference, iterations), env=kept).status == 0
+    kills, saved = 0, 0
+    while kills < 20 * times:
+        process = folders.start_script(
+            "train_ppo.py",
+            flags(world, workdir, iterations),
+            env=kept,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before, deadline = num_rows(workdir), time.monotonic() + 240
+        while process.poll() is None and num_rows(workdir) <= before:
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+        time.sleep(rng.random() * 0.3)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        steps = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
+        assert max(steps, default=0) >= saved
+        saved = max(steps, default=0)
+    assert kills >= 10 * times
+    assert folders.run_script("train_ppo.py", flags(world, workdir, iterations), env=kept).status == 0
+    check_same_run(workdir, reference, iterations)
