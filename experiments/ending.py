@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ppo_jax.checkpoint import Checkpointer
 from ppo_jax.errors import InputError
@@ -16,8 +16,6 @@ from ppo_jax.types import TrainState
 
 STOPPED = 75
 """Exit status of a run that was asked to end, and saved: the same command goes on. EX_TEMPFAIL of sysexits.h."""
-
-_STARTED = time.monotonic()
 
 
 class StoppedEarly(Exception):
@@ -49,47 +47,78 @@ def told_in_one_line(interrupted: str = "interrupted") -> Iterator[None]:
 def asked_to_end(max_hours: float = 0.0) -> Iterator[Callable[[], str]]:
     """Within, a SIGTERM or SIGINT (Ctrl-C) only asks for the end; a second one ends the process at once.
 
+    In a notebook, and in another thread than the main one, signals are left alone.
+
     Args:
-        max_hours: hours since the process started after which the end is asked for as well; 0: never.
+        max_hours: hours after which the end is asked for as well; 0: never.
 
     Yields:
         A function that says who has asked, "" for nobody. What goes on in turns calls it after each, and `end_early`.
     """
-    asked: list[str] = []
+    began, signals = time.monotonic(), list[str]()
 
     def who() -> str:
-        if not asked and 0 < max_hours < (time.monotonic() - _STARTED) / 3600:
-            asked.append(f"max_hours={max_hours:g}")
-        return asked[0] if asked else ""
+        late = 0 < max_hours < (time.monotonic() - began) / 3600
+        return signals[0] if signals else f"max_hours={max_hours:g}" if late else ""
 
-    if threading.current_thread() is not threading.main_thread():  # signals are no other thread's business
+    if threading.current_thread() is not threading.main_thread() or "ipykernel" in sys.modules:
         yield who
         return
+    with _listening(signals):
+        yield who
+
+
+@contextlib.contextmanager
+def _listening(signals: list[str]) -> Iterator[None]:
+    """Notes the first signal, and ends the process at the second.
+
+    By a thread and not in a handler: Python calls one only when the device's program, which may take minutes, has
+    returned.
+    """
     numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
 
-    def watch() -> None:
-        # Not in a handler: Python calls one only when the device's program, which may take minutes, has returned.
+    def listen() -> None:
         while number := ours.recv(1):
             if number[0] in numbers:
-                if asked:
+                if signals:
                     os._exit(128 + number[0])
-                asked.append(signal.Signals(number[0]).name)
+                signals.append(signal.Signals(number[0]).name)
 
-    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    handlers: dict[Any, Any] = {number: signal.signal(number, lambda *_: None) for number in numbers}
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    _replaced.update(handlers)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     try:
-        yield who
+        yield
     finally:
+        _replaced.clear()
         signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        _restore(handlers)
         theirs.close()
-        watcher.join()
+        listener.join()
         ours.close()
+
+
+_replaced: dict[Any, Any] = {}  # handlers that wait to be put back
+
+
+def _restore(handlers: dict[Any, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python
+
+
+def _leave_to_the_parent() -> None:
+    """A forked child (of a reward's process pool, say) is no run: its signals are its own."""
+    if _replaced:
+        signal.set_wakeup_fd(-1)
+        _restore(_replaced)
+        _replaced.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def end_early(checkpoints: Checkpointer, state: TrainState, who: str, done: str) -> NoReturn:
@@ -104,6 +133,6 @@ def end_early(checkpoints: Checkpointer, state: TrainState, who: str, done: str)
     Raises:
         StoppedEarly: always.
     """
-    checkpoints.save(state)
+    checkpoints.save(state, early=True)
     checkpoints.wait()
     raise StoppedEarly(f"{who}; {done} are saved")

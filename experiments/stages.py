@@ -27,12 +27,14 @@ class Stages:
         """Reads what is done.
 
         Raises:
-            InputError: `stages.json` is damaged, or the folder holds something else.
+            InputError: `stages.json` is damaged, the folder holds something else, or another process has it.
         """
         self.workdir, self.path = workdir, workdir / "stages.json"
         foreign = workdir.exists() and {child.name for child in workdir.iterdir()} - {".stages.json.tmp", LOCK}
         if not self.path.exists() and foreign:
             raise InputError(f"workdir {workdir}: it holds files but no stages.json; expected an empty folder or a run")
+        if workdir.exists():
+            lock_folder(workdir)  # before it is read: another process may be about to write
         self.walked: list[str] = []  # names of the stages that were asked for, in order
         self._entries: dict[str, dict[str, Any]] = _read(self.path) if self.path.exists() else {}
 

@@ -233,7 +233,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 reporter.update(number, row)
             if saves:
                 checkpoints.save(state)
-            if done < total and (who := asked()):
+            if who := asked():
                 refuse_non_finite({name: float(x) for name, x in metrics.items()}, f"step {number}", "lower config.lr")
                 end_early(checkpoints, state, who, f"{done} of {total} steps")
     return finish(setup, state, reference, workdir)

@@ -31,6 +31,7 @@ from ppo_jax.checkpoint import Checkpointer
 from ppo_jax.data import batch_indices
 from ppo_jax.errors import check
 from ppo_jax.experience import truncation_scores
+from ppo_jax.fingerprints import fingerprints
 from ppo_jax.guard import quantities
 from ppo_jax.metrics import JsonlWriter, Reporter, atomic_write, make_writers, truncate_jsonl
 from ppo_jax.planning import count_parameters, program_cost, release_free_memory
@@ -174,7 +175,8 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
         return saved
     if done < total:
         setup = with_compiled_step(setup._replace(state=state))
-    with Recorder(workdir / "scores.jsonl") as recorder:
+    judges = {name: getattr(settings, name) for name in ("reward", "gold")}
+    with Recorder(workdir / "scores.jsonl", [judges, fingerprints(judges)]) as recorder:
         gold = recorder.reward(setup.gold, "gold") if setup.gold else None
         return go_on(setup._replace(judges=recorder.judges(setup.judges), gold=gold), state, workdir, checkpoints)
 
@@ -212,7 +214,7 @@ def go_on(setup: Setup, state: TrainState, workdir: Path, checkpoints: Checkpoin
             done += 1
             if not stopped and (done == total or done % settings.checkpoint_every == 0):
                 checkpoints.save(state)
-            if not stopped and done < total and (who := asked()):
+            if not stopped and (who := asked()):
                 end_early(checkpoints, state, who, f"{done} of {total} iterations")
         reached = checkpoints.latest_step() or 0
         if stopped:  # the policy that acted in the last iteration was above the limit already, and may have been saved

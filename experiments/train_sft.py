@@ -211,7 +211,7 @@ def train(setup: Setup, workdir: Path) -> dict[str, Any]:
                 done == total or done % every == 0
                 for every in (settings.log_every, settings.eval_every, settings.checkpoint_every)
             )
-            who = asked() if done < total else ""
+            who = asked()
             if not (logs or evaluates or saves or who):
                 continue
             row = {name: float(x) for name, x in metrics.items()}  # waits

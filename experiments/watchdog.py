@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 FACTOR = 10.0
 LEAST = 5
 """Turns before there is a median to speak of."""
+SHORTEST_S = 1.0
+"""What is shorter is not worth a word."""
 
 
 class Watchdog:
     """Tells of a turn while it goes on: after ten times the median of the hundred before it.
 
-    A service that hangs, a disk that is gone, a machine that swaps: the program itself cannot say, since it waits.
+    A service that hangs, a machine that swaps: the program itself cannot say, since it waits.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -31,7 +33,7 @@ class Watchdog:
         if len(self._seconds) >= LEAST:
             usual = statistics.median(self._seconds)
             told = f"{name} takes {FACTOR:.0f} times as long as is usual ({usual:.2g} s), and goes on"
-            timer = threading.Timer(FACTOR * usual, self._tell, (told,))
+            timer = threading.Timer(max(FACTOR * usual, SHORTEST_S), self._tell, (told,))
             timer.daemon = True
             timer.start()
         try:

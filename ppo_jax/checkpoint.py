@@ -14,7 +14,7 @@ from typing import Any, Self
 import jax
 
 from ppo_jax.errors import InputError
-from ppo_jax.manifest import DamagedError, commit, retire, verify
+from ppo_jax.manifest import DamagedError, commit, facts_of, retire, verify
 from ppo_jax.types import TrainState
 
 
@@ -52,8 +52,12 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, early: bool = False) -> None:
         """Saves under `state.step`; a step that is there already is left as it is.
+
+        Args:
+            state: what is saved.
+            early: only because the process ends now; it goes when a later one is there, and counts for nothing else.
 
         Raises:
             CheckpointError: it could not be written, or the one before it; earlier steps are as they were.
@@ -65,9 +69,9 @@ class Checkpointer:
         self._remove_leftovers()  # threads of Orbax may have gone on writing after a save that failed
         tree = _to_tree(state)
         if jax.default_backend() == "cpu":
-            self._write(step, tree)
+            self._write(step, tree, early)
         else:
-            self._saving = self._thread.submit(self._write, step, jax.device_get(tree))
+            self._saving = self._thread.submit(self._write, step, jax.device_get(tree), early)
 
     def wait(self) -> None:
         """Until what was saved is durable.
@@ -90,7 +94,7 @@ class Checkpointer:
 
         Args:
             like: a state of the same shapes, dtypes and shardings, a fresh one say.
-            before: only steps below this one count.
+            before: only steps below this one count, and none that was saved early.
 
         Raises:
             CheckpointError: nothing is saved, or nothing is whole; or an array is missing, left over, or of another
@@ -99,7 +103,7 @@ class Checkpointer:
         self.wait()
         found = []
         for step in sorted(self._steps() | self._damaged, reverse=True):
-            if before is not None and step >= before:
+            if before is not None and (step >= before or self._is_early(step)):
                 continue
             try:
                 facts = verify(self._path(step))
@@ -143,14 +147,20 @@ class Checkpointer:
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _write(self, step: int, tree: dict[str, Any]) -> None:
+    def _is_early(self, step: int) -> bool:
+        try:
+            return facts_of(self._path(step))["early"]
+        except DamagedError:
+            return False
+
+    def _write(self, step: int, tree: dict[str, Any], early: bool) -> None:
         written, target = self._path(f".{step}.new"), self._path(step)
         try:
             with self._opened() as orbax:
                 orbax.save(written, args=self._orbax.args.StandardSave(tree))
             if target.exists():  # a damaged one
                 retire(target)
-            commit(written, target, self._facts(step))
+            commit(written, target, self._facts(step) | {"early": early})
         except Exception as error:  # of Orbax, TensorStore or the file system, each in its own way
             self._remove_leftovers()  # or the disk stays full
             size, free = sum(x.nbytes for x in jax.tree.leaves(tree)), shutil.disk_usage(self.folder).free
@@ -160,7 +170,8 @@ class Checkpointer:
                 "earlier steps are as they were"
             ) from error
         self._damaged.discard(step)
-        for old in sorted(self._steps())[: -self._max_to_keep]:
+        planned = sorted(other for other in self._steps() if not self._is_early(other))
+        for old in self._steps() - {step, *planned[-self._max_to_keep :]}:
             try:
                 retire(self._path(old))
             except OSError as error:  # it is tried again after the next save

@@ -9,39 +9,44 @@ from typing import Any
 _ENDS = 1 << 20  # bytes at the beginning and at the end of a file; gigabytes of weights take no time
 
 
+FIELDS = frozenset(
+    "model tokenizer prompts heldout_prompts data heldout ptx_data reward gold judge critic reference policy".split()
+)
+"""Fields whose texts may be paths; any other may be a word that happens to be the name of a folder here."""
+_JUDGES = ("vader", "code", "page")
+WORDS = {"reward": _JUDGES, "gold": _JUDGES, "judge": _JUDGES, "critic": ("policy", "model", "reward")}
+"""Values of these fields that are no paths, also where a folder has the name."""
+
+
 def fingerprints(config: dict[str, Any], may_change: Collection[str] = ()) -> dict[str, str]:
     """A digest of each file and folder that a configuration names.
 
     It covers names, sizes, and the first and last MiB of each file, not times: a copy is the same.
 
     Args:
-        config: nested dictionary of settings. A text may name several, separated by commas, each with `jax:` or
-            `model:` before it and `:function` or `*WEIGHT` after it, as judges do.
+        config: settings by name, of which `FIELDS` count. A text may name several, separated by commas, each with
+            `jax:` or `model:` before it and `:function` or `*WEIGHT` after it, as judges do.
         may_change: top-level fields that are left out.
 
     Returns:
         By `FIELD PATH`.
     """
     found = {}
-    for field, value in config.items():
-        if field not in may_change:
-            found |= {f"{field} {path}": _digest(path) for path in _paths(value)}
+    for field in sorted(FIELDS & config.keys() - set(may_change)):
+        found |= {f"{field} {path}": _digest(path) for path in _paths(config[field], WORDS.get(field, ()))}
     return found
 
 
-def _paths(value: Any) -> Iterator[Path]:
-    if isinstance(value, dict):
-        for nested in value.values():
-            yield from _paths(nested)
-    if not isinstance(value, str):
-        return
-    for part in value.split(","):
+def _paths(value: Any, words: Collection[str]) -> Iterator[Path]:
+    for part in value.split(",") if isinstance(value, str) else ():
         name = part.strip().rpartition("*")[0] or part.strip()
+        if name in words:
+            continue
         name = name.removeprefix("jax:").removeprefix("model:")
         for candidate in (name, name.rpartition(":")[0]):
-            path = Path(candidate).expanduser()
+            path = os.path.expanduser(candidate)
             if candidate and os.path.exists(path):
-                yield path
+                yield Path(path)
                 break
 
 

@@ -78,6 +78,15 @@ def verify(folder: Path) -> dict[str, Any]:
     return held["facts"]
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """The facts that were given to `commit`; the other files are not looked at.
+
+    Raises:
+        DamagedError: the manifest is missing or has changed.
+    """
+    return _read(folder)["facts"]
+
+
 def retire(folder: Path) -> None:
     """Removes a folder so that at any moment it is whole under its name or not there.
 

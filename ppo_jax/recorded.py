@@ -1,4 +1,4 @@
-"""What judges on the host have said, on disk: a run that is killed and goes on never asks the same thing twice."""
+"""What judges on the host have said, on disk: a run that is killed and goes on asks for no batch of scores twice."""
 
 import hashlib
 import json
@@ -19,13 +19,17 @@ class Recorder:
     To be used in a `with`, which closes the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, who: Any = None) -> None:
         """Reads what is there.
+
+        Args:
+            path: the file.
+            who: whose words they are, as JSON can hold it: what others said is not taken for them.
 
         Raises:
             InputError: the file is damaged; names the line.
         """
-        self._path = path
+        self._path, self._who = path, who
         self._file: JsonlWriter | None = None
         self._known = {row["asked"]: row["scores"] for row in read_jsonl(path)} if path.exists() else {}
 
@@ -33,7 +37,7 @@ class Recorder:
         """The same judge, asked only what is not known. What fails is not recorded."""
 
         def recorded(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-            asked = _digest([name, list(prompts), list(completions), columns])
+            asked = _digest([self._who, name, list(prompts), list(completions), columns])
             if asked in self._known:
                 return self._known[asked]
             rows = [{key: values[i] for key, values in columns.items()} for i in range(len(prompts))]

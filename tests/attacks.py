@@ -179,6 +179,50 @@ def shared_memory():
 
 
 @attack
+def nameless_files():
+    import os
+
+    held = []
+    while len(held) < 50:
+        held.append(os.memfd_create("x"))
+        os.write(held[-1], bytes(1 << 20))
+    return True
+
+
+@attack
+def system_v_memory():
+    import ctypes
+
+    new, private, size = 0o1600, 0, 64 << 20
+    segments = [ctypes.CDLL(None, use_errno=True).shmget(private, size, new) for _ in range(10)]
+    return max(segments) >= 0
+
+
+@attack
+def system_v_semaphores():
+    import ctypes
+
+    new, private = 0o1600, 0
+    return max(ctypes.CDLL(None).semget(private, 30_000, new) for _ in range(10)) >= 0
+
+
+@attack
+def system_v_queues():
+    import ctypes
+
+    new, private = 0o1600, 0
+    return max(ctypes.CDLL(None).msgget(private, new) for _ in range(10)) >= 0
+
+
+@attack
+def keys():
+    import ctypes
+
+    add_key, session = 248, -3
+    return ctypes.CDLL(None).syscall(add_key, b"user", b"x", b"y", 1, session) >= 0
+
+
+@attack
 def descriptors():
     held = []
     try:

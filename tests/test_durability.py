@@ -136,6 +136,32 @@ def test_a_damaged_step_is_written_anew_when_its_turn_comes(saved):
     assert sorted(os.listdir(saved)) == ["1", "2"]
 
 
+def test_a_step_that_was_saved_early_goes_when_a_later_one_is_there(tmp_path):
+    """It is gone on from, takes nobody's place, and is nothing to go back to."""
+    folder = tmp_path / "checkpoints"
+
+    def steps() -> list[int]:
+        return sorted(int(name) for name in os.listdir(folder))
+
+    with Checkpointer(folder, max_to_keep=2) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(make_state(step))
+        for step in (5, 6):
+            checkpoints.save(make_state(step), early=True)
+        assert steps() == [2, 4, 6]
+        check_state(checkpoints.restore(make_state(0)), 6)
+        check_state(checkpoints.restore(make_state(0), before=7), 4)
+    with Checkpointer(folder, max_to_keep=2) as checkpoints:  # in another process
+        check_state(checkpoints.restore(make_state(0), before=7), 4)
+        checkpoints.save(make_state(8))
+        assert steps() == [4, 8]
+    with Checkpointer(folder, max_to_keep=1) as checkpoints:
+        checkpoints.save(make_state(9), early=True)
+        assert steps() == [8, 9]
+        checkpoints.save(make_state(10))
+        assert steps() == [10]
+
+
 def test_what_a_crash_left_is_removed_and_nothing_else(saved):
     for name in (".3.new", ".3.new.orbax-checkpoint-tmp", ".1.old"):
         shutil.copytree(saved / "1", saved / name)

@@ -31,17 +31,27 @@ CONFIG = {
     "reward": "model:model*0.5, judge.py:f, jax:judge.py:f*-1, vader, http://127.0.0.1/x",
     "seed": 0,
     "gold": "judge.py:f",
-    "empty": "",
-    "nested": {"text": "prompts.jsonl", "none": None},
+    "heldout": "",
+    "data": None,
+    "critic": "policy",
+    "prompts_split": "train",
+    "truncate_token": ".",
 }
 
 
 def test_everything_that_is_named_has_a_digest(world):
     found = fingerprints(CONFIG, may_change=["gold"])
-    assert set(found) == {"model model", "prompts prompts.jsonl", "reward model", "reward judge.py",
-                          "nested prompts.jsonl"}  # fmt: skip
+    assert set(found) == {"model model", "prompts prompts.jsonl", "reward model", "reward judge.py"}
     assert found["model model"] == found["reward model"]
-    assert found["prompts prompts.jsonl"] == found["nested prompts.jsonl"] != found["reward judge.py"]
+    assert found["prompts prompts.jsonl"] != found["reward judge.py"]
+
+
+def test_a_word_is_no_folder_though_one_has_its_name(world):
+    for name in ("vader", "code", "policy", "train"):
+        (world / name).mkdir()
+    words = {"reward": "code, vader*0.5", "critic": "policy", "prompts_split": "train", "truncate_token": "."}
+    assert fingerprints(words) == {}
+    assert set(fingerprints({"model": "code", "data": "~~~"})) == {"model code"}
 
 
 def test_a_copy_is_the_same(world, tmp_path_factory, monkeypatch):
@@ -79,13 +89,13 @@ def test_every_byte_of_a_small_file_counts(tmp_path, rng, size):
     path = tmp_path / "x"
     data = bytearray(rng.bytes(size))
     path.write_bytes(data)
-    before = fingerprints({"x": str(path)})
+    before = fingerprints({"data": str(path)})
     seen = {*before.values()}
     for at in {0, size // 2, size - 1} if 0 < size <= 2 * MIB else set():
         changed = bytearray(data)
         changed[at] ^= 1
         path.write_bytes(changed)
-        seen |= {*fingerprints({"x": str(path)}).values()}
+        seen |= {*fingerprints({"data": str(path)}).values()}
     assert len(seen) == 1 + len({0, size // 2, size - 1} if 0 < size <= 2 * MIB else set())
 
 

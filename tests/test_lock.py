@@ -96,6 +96,46 @@ def test_a_child_does_not_keep_it(tmp_path):
     lock_folder(tmp_path)
 
 
+FORKER = HOLDER.replace(
+    "time.sleep(600)",
+    """
+import os
+if os.fork() == 0:
+    os.close(1)
+    try:
+        lock_folder(Path(sys.argv[1]))
+        status = 1
+    except Exception as error:
+        status = 0 if "in use by process" in str(error) else 2
+    Path(sys.argv[1], "child").write_text(str(status))
+    time.sleep(60)
+    os._exit(0)
+time.sleep(600)
+""",
+)
+
+
+def test_a_forked_child_is_no_owner(tmp_path):
+    """Neither while the parent lives, nor for it after its death."""
+    command = [sys.executable, "-c", FORKER, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    try:
+        assert process.stdout.readline() == "held\n"
+        deadline = time.monotonic() + 20
+        while not ((tmp_path / "child").exists() and (tmp_path / "child").read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert (tmp_path / "child").read_text() == "0"
+        process.kill()
+        process.wait()
+        lock_folder(tmp_path)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
 def test_an_owner_that_has_not_said_who_it_is(tmp_path, holder):
     (tmp_path / ".lock").write_text("{")
     with pytest.raises(LockedError, match="in use by another process; expected"):

@@ -55,9 +55,37 @@ def test_programs_give_what_they_write():
 
 
 @NEEDS_BWRAP
-@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "exit()", "raise SystemExit"])
+@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "exit()", "quit(0)", "raise SystemExit"])
 def test_a_program_may_end_itself(end):
-    assert run(f"print(1)\n{end}", "", [{"stdin": ""}], QUICK).returned == [end != "exit()"]  # there is no site module
+    assert run(f"print(1)\n{end}", "", [{"stdin": ""}], QUICK) == (["1\n"], [True], "")
+
+
+@NEEDS_BWRAP
+@pytest.mark.parametrize(
+    "program",
+    [
+        "print(open(0).read()[::-1])",
+        "import sys\nprint(sys.stdin.buffer.read().decode()[::-1])",
+        "import sys\nsys.stdout.buffer.write(sys.stdin.read()[::-1].encode())",
+        "import os\nos.write(1, os.read(0, 99)[::-1])",
+        "import subprocess\nsubprocess.run(['/usr/bin/rev'])",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: str\n"
+        "print(A(input()[::-1]).x)",
+    ],
+)
+def test_programs_may_read_and_write_as_they_like(program):
+    for _ in range(2):
+        result = run(program, "", [{"stdin": "abc"}, {"stdin": "de"}], QUICK)
+        assert [value.strip() for value in result.values] == ["cba", "ed"], result
+
+
+@NEEDS_BWRAP
+@pytest.mark.parametrize("status", [1, 160, 161, 200, 255])
+def test_an_exit_status_is_no_error_of_ours(status):
+    """Also where it looks like a signal that there is none of."""
+    result = run(f"import os\ndef f(): os._exit({status})", "f", [{}], QUICK)
+    assert (result.values, result.returned) == ([], [])
+    assert result.ended == f"status {status}"
 
 
 @NEEDS_BWRAP
@@ -168,6 +196,7 @@ def test_there_are_enough_attacks():
 HACKS = {
     "sys.exit": "import sys\nsys.exit(0)",
     "os._exit": "import os\nos._exit(0)",
+    "os._exit(255)": "import os\ndef double(x): os._exit(255)",
     "always equal": """
 class Yes:
     def __eq__(self, other): return True
@@ -244,6 +273,12 @@ def test_the_share_of_tests_passed():
 
 
 @NEEDS_BWRAP
+def test_fields_that_a_table_fills_with_null_are_not_there():
+    row = {"tests": [{"args": [2], "kwargs": None, "stdin": None, "expected": None}], "entry_point": "f"}
+    assert call_reward(code, ["", ""], ["def f(x): pass", "def f(x): return x"], [row, row]).tolist() == [1.0, 0.0]
+
+
+@NEEDS_BWRAP
 def test_programs_are_judged_by_their_output():
     tests = [{"stdin": "3\n", "stdout": "6"}, {"stdin": "4\n", "stdout": "8\n"}]
     rows = [{"tests": tests, "entry_point": None}, {"tests": tests}]
@@ -274,7 +309,7 @@ def test_without_isolation_nothing_is_run(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     try:
         for call in (lambda: load_host_reward("code"), lambda: run("def f(): return 1", "f", [{}])):
-            with pytest.raises(SandboxError, match=r"got no bwrap on PATH, expected bubblewrap .* not run without"):
+            with pytest.raises(SandboxError, match=r"got no bwrap on PATH, expected bubblewrap 0.8 .* not run without"):
                 call()
     finally:
         find_python.cache_clear()
@@ -285,7 +320,10 @@ def test_a_bubblewrap_that_cannot_isolate_is_an_error_and_no_score(monkeypatch, 
     bwrap.write_text("#!/bin/sh\necho bwrap: no namespaces here >&2\nexit 1\n")
     bwrap.chmod(0o755)
     tmp_path.chmod(0o755)
-    monkeypatch.setattr(host.shutil, "which", lambda name: str(bwrap))
+    which = shutil.which
+    monkeypatch.setattr(
+        host.shutil, "which", lambda name, **path: str(bwrap) if name == "bwrap" else which(name, **path)
+    )
     find_python.cache_clear()
     try:
         with pytest.raises(SandboxError, match=r"no namespaces here|Permission denied"):
@@ -302,6 +340,7 @@ def test_a_bubblewrap_that_cannot_isolate_is_an_error_and_no_score(monkeypatch, 
         ("a\n```py\nx = 1\n```\nb\n```\ny = 2\n```", "y = 2\n"),
         ("```python\nx = 1", "x = 1"),
         ("```c++\nint x;\n```", "int x;\n"),
+        ("```python  \r\nx = 1\r\n```", "x = 1\r\n"),
     ],
 )
 def test_code_between_marks(text, expected):
@@ -314,7 +353,8 @@ def test_code_between_marks(text, expected):
         (1, 1, True), (1, 1.0, True), (0.1 + 0.2, 0.3, True), (0.3001, 0.3, False), (True, 1, False), (1, True, False),
         (True, True, True), (None, None, True), (None, False, False), ("1", 1, False), ([1, [2]], [1, [2]], True),
         ([1], [1, 2], False), ([], {}, False), ({"a": 1}, {"a": 1.0}, True), ({"a": 1, "b": 2}, {"a": 1}, False),
-        (float("nan"), float("nan"), False), (10**30, 10**30 + 1, False), ("é", "é", True),
+        (float("nan"), float("nan"), False), (10**30, 10**30 + 1, False), ("é", "é", True), (1.0, 1, True),
+        (1e9, 999_999_999, False), (1e15, 10**15 + 7, False), (1e9 + 1e-3, 1e9, True),
     ],
 )  # fmt: skip
 def test_equal_values(got, expected, equal):
@@ -344,5 +384,5 @@ def test_two_at_once_do_not_meet():
 def test_the_guest_needs_nothing_but_the_standard_library():
     source = (Path(host.__file__).parent / "guest.py").read_text()
     imports = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}
-    assert imports == {"io", "json", "os", "resource", "sys"}
+    assert imports == {"builtins", "json", "os", "resource", "sys", "types"}
     assert shutil.which("python3")

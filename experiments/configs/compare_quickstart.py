@@ -13,8 +13,8 @@ prompts' reviews, mean of the last three iterations; gold: the annotator's of 25
 | grpo | 1.73 ± 0.01 | 2.48 ± 0.06 | 6.6 ± 0.7 | 855,936 |
 
 Before training these are 0.00 and -0.06 (critic-free, of fewer prompts: 0.00 and -0.07). Another processor rounds
-differently, and another quickstart gives another reward model, whose scores have other units: over four of them PPO had
-a proxy of 1.68 to 1.93, and a gold of 2.32 to 2.56.
+differently, and another quickstart gives another reward model, whose scores have other units: over six of them PPO had
+a proxy of 1.68 to 1.96, and a gold of 2.28 to 2.56.
 
 --config.metric=objective/gold compares the annotator's score during training, without running anything again.
 """

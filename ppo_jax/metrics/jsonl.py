@@ -42,7 +42,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 class JsonlWriter:
     """Appends JSON objects to a file, one a line, each with a single write call.
 
-    The line is with the operating system when `write` returns, so that a SIGKILL loses at most the line being written.
+    The line is on the disk when `write` returns: a kill or a power loss loses at most the line being written.
     The output is strict JSON: NaN and the infinities become null (`read_jsonl` gives None). NumPy and JAX arrays and
     scalars become numbers and lists. Text stays readable (UTF-8, not escaped).
 
@@ -67,6 +67,7 @@ class JsonlWriter:
         written = self._file.write(line)
         if written != len(line):
             raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes; is the disk full?")
+        os.fsync(self._file.fileno())  # a checkpoint that is on the disk has its rows there
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""

@@ -3,11 +3,12 @@
 A file of its own, with nothing but the standard library: the interpreter in the sandbox may be another one than ours.
 """
 
-import io
+import builtins
 import json
 import os
 import resource
 import sys
+import types
 
 
 def main():
@@ -53,10 +54,12 @@ def limit(limits):
 
 
 def load(source, name):
-    """The names that the code defines."""
-    names = {"__name__": name, "__builtins__": __builtins__}
-    exec(compile(source, "solution.py", "exec"), names)
-    return names
+    """The names that the code defines, as a module of this name."""
+    module = types.ModuleType(name)
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which the site module would bring
+    sys.modules[name] = module
+    exec(compile(source, "solution.py", "exec"), module.__dict__)
+    return module.__dict__
 
 
 def run_call(function, call):
@@ -65,14 +68,29 @@ def run_call(function, call):
 
 
 def run_program(source, stdin):
-    """What the program writes."""
-    sys.stdin, sys.stdout = io.StringIO(stdin), io.StringIO()
+    """What the program writes, by whatever way."""
+    given, written = nameless(stdin.encode()), nameless(b"")
+    os.dup2(given, 0)
+    os.dup2(written, 1)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = out = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     try:
         load(source, "__main__")
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
-    return sys.stdout.getvalue()
+    finally:
+        out.flush()
+    return os.pread(written, 1 << 20, 0).decode(errors="replace")
+
+
+def nameless(data):
+    """A descriptor of a file with this content, read from its beginning."""
+    descriptor = os.open("/tmp/.nameless", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.unlink("/tmp/.nameless")
+    os.write(descriptor, data)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
 
 
 def plain(value):

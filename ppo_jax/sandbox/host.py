@@ -5,27 +5,28 @@ runs as a user with no rights, in namespaces of its own, with limits on time, me
 it ends, everything that it has started ends. What was expected of it stays outside: see `ppo_jax/rewards/code.py`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
+import platform
 import selectors
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppo_jax.errors import InputError, check
+from ppo_jax.sandbox.seccomp import MACHINES, make_filter
 
 _NOBODY = 65534
 _GUEST = Path(__file__).with_name("guest.py")
 _READY = b"ready\n"
+_START_S = 30.0  # for a sandbox to be made, on a machine that is busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Result(NamedTuple):
 
     values: list[Any]  # of the calls that returned, in their order; a call that raised has None
     returned: list[bool]  # for each of the first calls whether it returned; the others were never reached
-    ended: str  # "" by itself, else by which limit: "time", "output", or the signal's name
+    ended: str  # "" by itself, else by what: "time", "output", the signal's name, or its own exit status
 
 
 def run(source: str, entry_point: str, calls: Sequence[dict[str, Any]], limits: Limits | None = None) -> Result:
@@ -84,27 +85,26 @@ def run(source: str, entry_point: str, calls: Sequence[dict[str, Any]], limits: 
 
 @functools.cache
 def find_python() -> str:
-    """The interpreter that the sandbox uses: ours if the user without rights may read it, else the system's.
+    """The system's interpreter: one of our own may lie beside files that are nobody's business.
 
     Raises:
         SandboxError: none runs in a sandbox here; says why.
     """
     if not shutil.which("bwrap"):
         raise SandboxError(
-            "sandbox: got no bwrap on PATH, expected bubblewrap (Debian, Ubuntu: apt-get install bubblewrap): code is "
-            "not run without isolation"
+            "sandbox: got no bwrap on PATH, expected bubblewrap 0.8 or newer (Debian, Ubuntu: apt-get install "
+            "bubblewrap): code is not run without isolation"
         )
-    ours = str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}")
+    if platform.machine() not in MACHINES:
+        raise SandboxError(f"sandbox: got the machine {platform.machine()}, expected one of {', '.join(MACHINES)}")
     told = []
-    for python in (ours, "/usr/bin/python3", "/usr/local/bin/python3"):
-        if not Path(python).exists():
-            continue
+    for python in filter(os.path.exists, ("/usr/bin/python3", "/usr/local/bin/python3")):
         try:
             if _run(python, _task("def f(): return 1", "f", [{}], Limits()), Limits()).values == [1]:
                 return python
         except SandboxError as error:
             told.append(str(error))
-    raise SandboxError("; ".join(told) or "sandbox: no Python was found to run in it")
+    raise SandboxError("; ".join(told) or "sandbox: got no python3 in /usr/bin or /usr/local/bin, expected one there")
 
 
 def _task(source: str, entry_point: str, calls: Sequence[dict[str, Any]], limits: Limits) -> bytes:
@@ -113,62 +113,66 @@ def _task(source: str, entry_point: str, calls: Sequence[dict[str, Any]], limits
 
 
 def _run(python: str, task: bytes, limits: Limits) -> Result:
-    deadline = time.monotonic() + limits.wall_s
-    guest, given = _in_memory(_GUEST.read_bytes()), _in_memory(task)
+    guest, given, calls = (_in_memory(data) for data in (_GUEST.read_bytes(), task, make_filter()))
     reader, writer = os.pipe()
-    as_nobody: dict[str, Any] = {}
-    if os.geteuid() == 0:  # whom no limit on processes holds
-        as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
     try:
         process = subprocess.Popen(
-            _command(python, guest, given, writer, limits),
+            _as_nobody() + _command(python, guest, given, calls, writer, limits),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=(guest, given, writer),
+            pass_fds=(guest, given, calls, writer),
             cwd="/",
             env={},
             start_new_session=True,
-            **as_nobody,
         )
     except OSError as error:
         os.close(reader)
         raise SandboxError(f"sandbox: {error}") from error
     finally:
-        for descriptor in (guest, given, writer):
+        for descriptor in (guest, given, calls, writer):
             os.close(descriptor)
     try:
-        said, complaint, ended = _listen(process, reader, deadline, limits.output_bytes)
+        said, complaint, ended = _listen(process, reader, limits)
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # its init dies, and with it everything in its namespace
         process.wait()
         if process.stderr:
             process.stderr.close()
         os.close(reader)
     if not said.startswith(_READY):
-        if ended:
-            raise SandboxError(f"sandbox: {python} did not start within its limits ({ended})")
-        raise SandboxError(
-            f"sandbox: {python}: {complaint.decode(errors='replace').strip()[:300] or 'it did not start'}"
-        )
+        told = complaint.decode(errors="replace").strip()[:300] or "it did not start"
+        raise SandboxError(f"sandbox: {python}: {told}" + f" ({ended})" * bool(ended))
     return _read(said.removeprefix(_READY), ended)
 
 
-def _command(python: str, guest: int, given: int, writer: int, limits: Limits) -> list[str]:
-    prefix = str(Path(python).resolve().parents[1])
-    binds = [] if prefix == "/usr" else ["--ro-bind", prefix, prefix]
+def _as_nobody() -> list[str]:
+    """The beginning of a command that root gives: no limit on processes holds for root.
+
+    Not by `Popen(user=...)`, which copies this process's page tables: seconds, where it is large.
+    """
+    if os.geteuid() != 0:
+        return []
+    setpriv = shutil.which("setpriv", path="/usr/bin:/bin")
+    if not setpriv:
+        raise SandboxError("sandbox: got no setpriv, expected util-linux's, since this is root")
+    return [setpriv, "--reuid", str(_NOBODY), "--regid", str(_NOBODY), "--clear-groups"]
+
+
+def _command(python: str, guest: int, task: int, calls: int, writer: int, limits: Limits) -> list[str]:
     libraries = [part for name in ("lib", "lib64", "bin") if Path(f"/{name}").exists() for part in _system_folder(name)]
     return [
         shutil.which("bwrap") or "bwrap",
         *"--unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup".split(),
         *f"--uid {_NOBODY} --gid {_NOBODY} --hostname sandbox --die-with-parent --new-session".split(),
         *"--disable-userns --clearenv --setenv PATH /usr/bin --setenv HOME /tmp --setenv LANG C.UTF-8".split(),
-        *["--ro-bind", "/usr", "/usr", *libraries, *binds, "--proc", "/proc", "--dev", "/dev"],
+        *["--ro-bind", "/usr", "/usr", *libraries, "--proc", "/proc", "--dev", "/dev"],
+        *(["--size", "4096", "--tmpfs", "/usr/src"] if Path("/usr/src").exists() else []),  # where containers put ours
         *["--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"],
-        *["--ro-bind-data", str(guest), "/sandbox/guest.py", "--ro-bind-data", str(given), "/sandbox/task.json"],
+        *["--ro-bind-data", str(guest), "/sandbox/guest.py", "--ro-bind-data", str(task), "/sandbox/task.json"],
         *["--remount-ro", "/dev", "--remount-ro", "/"],  # of nothing but memory, and without a limit of their own
-        *[python, "-I", "-S", "-B", "/sandbox/guest.py", str(writer)],
+        *["--seccomp", str(calls), python, "-I", "-S", "-B", "/sandbox/guest.py", str(writer)],
     ]
 
 
@@ -185,11 +189,11 @@ def _in_memory(data: bytes) -> int:
     return descriptor
 
 
-def _listen(process: subprocess.Popen, reader: int, deadline: float, most: int) -> tuple[bytes, bytes, str]:
-    """What comes from the guest and on stderr until it ends, or until a limit ends it."""
+def _listen(process: subprocess.Popen, reader: int, limits: Limits) -> tuple[bytes, bytes, str]:
+    """What comes from the guest and on stderr until it ends, or until a limit ends it. Its time begins when it does."""
     assert process.stderr
-    stderr = process.stderr.fileno()
-    held = {reader: b"", stderr: b""}
+    stderr, most = process.stderr.fileno(), limits.output_bytes + len(_READY)
+    held, began, deadline = {reader: b"", stderr: b""}, False, time.monotonic() + _START_S
     with selectors.DefaultSelector() as selector:
         for descriptor in held:
             selector.register(descriptor, selectors.EVENT_READ)
@@ -202,14 +206,22 @@ def _listen(process: subprocess.Popen, reader: int, deadline: float, most: int) 
                 held[key.fd] += part
                 if not part:
                     selector.unregister(key.fd)
-                if len(held[key.fd]) > most + len(_READY):
-                    return held[reader][: most + len(_READY)], held[stderr], "output"
+                if len(held[key.fd]) > most:
+                    return held[reader][:most], held[stderr], "output"
+            if not began and held[reader].startswith(_READY):
+                began, deadline = True, time.monotonic() + limits.wall_s
     try:
         status = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return held[reader], held[stderr], "time"
-    number = status - 128 if status > 128 else -status  # bubblewrap tells a signal as a shell does
-    return held[reader], held[stderr], signal.Signals(number).name if number > 0 else ""
+    return held[reader], held[stderr], _name_of(status)
+
+
+def _name_of(status: int) -> str:
+    """A signal's name (bubblewrap tells it as a shell does), or the exit status; empty for 0."""
+    number = status - 128 if status > 128 else -status
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(number, f"status {status}") if status else ""
 
 
 def _read(lines: bytes, ended: str) -> Result:
