@@ -13,6 +13,7 @@ from ppo_jax.models import LoRAConfig, ModelConfig
 from ppo_jax.models.rope import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from ppo_jax.rewards import HttpOptions
 from ppo_jax.sampling import SamplingConfig
+from ppo_jax.sandbox import Limits
 
 
 class Row(NamedTuple):
@@ -324,6 +325,10 @@ ROWS: dict[type, dict[str, list[Row] | str]] = {
         "batch_size": "test_rewards_http.py::test_many_are_sent_in_parts_and_keep_their_order",
         "backoff_s": "test_rewards_http.py::test_the_pauses_double_up_to_half_a_minute",
     },
+    Limits: dict.fromkeys(
+        ("wall_s", "cpu_s", "memory_mb", "processes", "disk_mb", "output_bytes"),
+        "test_sandbox.py::test_every_limit_counts",
+    ),
     ControlConfig: {
         "policy_loss": row("none") + row("cispo", clip_eps_high=0.3),
         "clip_eps": row(0.05),

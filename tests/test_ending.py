@@ -29,6 +29,15 @@ def wait_for(asked) -> str:
     return asked()
 
 
+@pytest.fixture
+def as_in_a_terminal():
+    """A shell's background jobs ignore SIGINT, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_only_asks(number):
     before = signal.getsignal(number)
@@ -113,8 +122,9 @@ def test_a_run_that_was_stopped_says_how_to_go_on(capsys):
 
 
 BUSY = """
-import ctypes, sys
+import ctypes, signal, sys
 from experiments.ending import asked_to_end
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
 
 with asked_to_end():
     print("busy", flush=True)

@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises(world, tmp_path, start, reward):
     workdir = tmp_path / "deep" / "run"
     outcome = start(*world.flags(f"--workdir={workdir}", reward=reward))
     assert (outcome.status, outcome.err) == (0, "")
-    assert set(os.listdir(workdir)) == FILES
+    assert set(os.listdir(workdir)) == (FILES if reward == "count_good" else FILES - {"scores.jsonl"})
     check_terminal(outcome.out, workdir)
     config = json.loads((workdir / "config.json").read_text())
     assert (config["model"], config["ppo"]["batch_size"], config["seed"]) == (str(world.model), 8, 0)

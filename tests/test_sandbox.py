@@ -101,6 +101,25 @@ def test_limits_that_cannot_be_are_refused():
             Limits(**{name: 0})
 
 
+COUNTS = {
+    "wall_s": (5.0, 0.3, "import time; time.sleep(1)"),
+    "cpu_s": (5, 1, "import time\n    while time.process_time() < 1.6: pass"),
+    "memory_mb": (512, 96, "x = bytearray(150 << 20)"),
+    "processes": (4, 1, "import threading; threading.Thread(target=print).start()"),
+    "disk_mb": (16, 1, "open('/tmp/x', 'wb').write(bytes(4 << 20))"),
+    "output_bytes": (1 << 16, 100, "return 'x' * 1000"),
+}
+
+
+@NEEDS_BWRAP
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_limit_counts(name):
+    enough, too_little, work = COUNTS[name]
+    source = f"def f():\n    {work}\n    return 1"
+    assert run(source, "f", [{}], Limits(**{name: enough})).returned == [True]
+    assert run(source, "f", [{}], Limits(**{name: too_little})).returned in ([], [False])
+
+
 # What it does not
 
 
