@@ -109,4 +109,5 @@ def encode(said):
     return json.dumps(said).encode() + b"\n"
 
 
-main()
+if __name__ == "__main__":
+    main()
