@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.errors import InputError
+from ppo_jax.metrics.jsonl import sync_folder
 
 NAME = "manifest.json"
 
@@ -98,15 +99,6 @@ def retire(folder: Path) -> None:
     folder.rename(aside)
     sync_folder(folder.parent)  # or a crash could bring the name back, without some of its files
     shutil.rmtree(aside)
-
-
-def sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:

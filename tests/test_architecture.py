@@ -87,6 +87,7 @@ SAME_FLOOR_PAIRS = {
     ("runs", "fingerprints"),  # files that a run began with
     ("runs", "lock"),  # one process a folder
     ("runs", "checkpoint"),  # a run goes on from its newest checkpoint
+    ("manifest", "metrics"),  # names are forced to the disk
     ("checkpoint", "manifest"),  # a step is a folder that is whole
     ("feedback", "metrics"),  # files are written whole or not at all
 }
