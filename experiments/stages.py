@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.errors import InputError
+from ppo_jax.fingerprints import digest_of
 from ppo_jax.lock import NAME as LOCK
 from ppo_jax.lock import lock_folder
 from ppo_jax.runs import write_json
@@ -62,7 +63,7 @@ class Stages:
         self.workdir.mkdir(parents=True, exist_ok=True)
         lock_folder(self.workdir)
         # A stage that was run again has another `run`, also where its inputs are the same: its result may differ.
-        fingerprint = _digest([inputs, [self._entries[earlier]["run"] for earlier in after]])
+        fingerprint = digest_of([inputs, [self._entries[earlier]["run"] for earlier in after]])
         entry, folder = self._entries.get(name, {}), self.workdir / name
         same = entry.get("fingerprint") == fingerprint and folder.exists()
         if same and "result" in entry:
@@ -131,7 +132,3 @@ def _set_aside(folder: Path) -> Path:
         number += 1
     folder.rename(aside)
     return aside
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Whether the files that a run reads are still those that it began with."""
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -35,6 +36,11 @@ def fingerprints(config: dict[str, Any], may_change: Collection[str] = ()) -> di
     for field in sorted(FIELDS & config.keys() - set(may_change)):
         found |= {f"{field} {path}": _digest(path) for path in _paths(config[field], WORDS.get(field, ()))}
     return found
+
+
+def digest_of(value: Any) -> str:
+    """The SHA-256 of anything that JSON can hold; what it cannot counts by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _paths(value: Any, words: Collection[str]) -> Iterator[Path]:

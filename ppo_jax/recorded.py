@@ -1,11 +1,10 @@
 """What judges on the host have said, on disk: a run that is killed and goes on asks for no batch of scores twice."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.fingerprints import digest_of
 from ppo_jax.metrics import JsonlWriter, read_jsonl
 from ppo_jax.rewards import HostReward, Judges, call_reward
 
@@ -37,7 +36,7 @@ class Recorder:
         """The same judge, asked only what is not known. What fails is not recorded."""
 
         def recorded(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-            asked = _digest([self._who, name, list(prompts), list(completions), columns])
+            asked = digest_of([self._who, name, list(prompts), list(completions), columns])
             if asked in self._known:
                 return self._known[asked]
             rows = [{key: values[i] for key, values in columns.items()} for i in range(len(prompts))]
@@ -68,7 +67,3 @@ class Recorder:
     def _write(self, row: dict[str, Any]) -> None:
         self._file = self._file or JsonlWriter(self._path)  # no file where no judge is on the host
         self._file.write(row)
-
-
-def _digest(asked: Any) -> str:
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()

@@ -83,6 +83,7 @@ SAME_FLOOR_PAIRS = {
     ("plots", "evaluation"),  # a bar of uncertainty is an interval
     ("plots", "metrics"),  # the curves of what was logged
     ("runs", "metrics"),  # files are written whole or not at all
+    ("recorded", "fingerprints"),  # what was asked, as a digest
     ("recorded", "metrics"),  # lines that survive a kill
     ("runs", "fingerprints"),  # files that a run began with
     ("runs", "lock"),  # one process a folder
